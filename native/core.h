@@ -1,0 +1,139 @@
+/* What every C file shares: guest RAM, the access contract, interrupts, the event loop. */
+#ifndef VMM_CORE_H
+#define VMM_CORE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/*
+ * House rules. Functions are vmm_<noun>_<verb>, return 0 or -errno, and come in create/destroy
+ * pairs. What the guest wrote is copied once and validated before use; a dereference of guest
+ * memory carries a SAFETY comment. No function here takes the GIL.
+ */
+
+/* cdef: begin */
+
+/* ---- guest RAM: one table, bounds-checked ------------------------------------------------ */
+
+struct vmm_mem;
+
+/* Reserve address space with a guard page at each end and map size bytes into it: from fd, or
+ * anonymous private memory when fd is -1. NULL with errno set on failure. */
+void *vmm_ram_map(int fd, uint64_t offset, uint64_t size);
+void vmm_ram_unmap(void *hva, uint64_t size);
+/* madvise(2): 0 or -errno. */
+int vmm_madvise(void *addr, uint64_t len, int advice);
+
+struct vmm_mem *vmm_mem_create(void);
+void vmm_mem_destroy(struct vmm_mem *mem);
+/* Ranges are added before the guest runs; -EEXIST on overlap, -ENOSPC when the table is full. */
+int vmm_mem_add(struct vmm_mem *mem, uint64_t gpa, uint64_t size, void *hva);
+/* Host address of [gpa, gpa+len), or NULL unless all of it lies in one range. */
+void *vmm_mem_at(const struct vmm_mem *mem, uint64_t gpa, uint64_t len);
+/* 0 or -EFAULT; nothing is copied on failure. */
+int vmm_mem_read(const struct vmm_mem *mem, uint64_t gpa, void *dst, uint64_t len);
+int vmm_mem_write(const struct vmm_mem *mem, uint64_t gpa, const void *src, uint64_t len);
+
+/* ---- buses: ranges that C answers without Python ------------------------------------------ */
+
+struct vmm_bus;
+struct vmm_dev; /* what can be put on a bus; see struct vmm_dev below */
+
+struct vmm_bus *vmm_bus_create(void);
+void vmm_bus_destroy(struct vmm_bus *bus);
+/* The device is not owned. -EEXIST on overlap. May be called while vCPUs run. */
+int vmm_bus_add(struct vmm_bus *bus, uint64_t base, uint64_t size, struct vmm_dev *dev);
+int vmm_bus_remove(struct vmm_bus *bus, uint64_t base);
+/* 0 when C answered, 1 when the access is Python's (or nobody's). */
+int vmm_bus_access(struct vmm_bus *bus, uint64_t addr, uint32_t size, uint8_t *data, int is_write);
+
+/* ---- interrupts --------------------------------------------------------------------------- */
+
+enum { VMM_IRQ_NONE, VMM_IRQ_LINE, VMM_IRQ_EVENTFD };
+
+/* One interrupt source. LINE: KVM_IRQ_LINE on vm_fd with this gsi, level-triggered.
+ * EVENTFD: an eventfd bound by KVM_IRQFD (MSI, or an edge). NONE: counts only (tests). */
+struct vmm_irq;
+struct vmm_irq *vmm_irq_create(int kind, int fd, uint32_t gsi); /* fd is borrowed */
+void vmm_irq_destroy(struct vmm_irq *irq);
+void vmm_irq_set(struct vmm_irq *irq, int level); /* LINE and NONE; EVENTFD: rising edge pulses */
+void vmm_irq_pulse(struct vmm_irq *irq);          /* EVENTFD: signal; LINE: raise */
+uint64_t vmm_irq_count(const struct vmm_irq *irq); /* rising edges or pulses so far */
+int vmm_irq_level(const struct vmm_irq *irq);
+
+/* ---- the I/O thread ------------------------------------------------------------------------ */
+
+struct vmm_loop;
+
+struct vmm_loop *vmm_loop_create(void);  /* starts the thread (all signals blocked) */
+void vmm_loop_destroy(struct vmm_loop *loop); /* stops and joins it */
+/* Returns after everything the loop was doing when called has finished. */
+void vmm_loop_barrier(struct vmm_loop *loop);
+
+/* ---- byte streams: what the guest printed --------------------------------------------------- */
+
+/* A ring that keeps the last `capacity` bytes written, knows how many there ever were, and can
+ * look for byte patterns as they pass. Memory never grows with what the guest prints. */
+struct vmm_stream;
+
+struct vmm_stream *vmm_stream_create(uint32_t capacity);
+void vmm_stream_destroy(struct vmm_stream *s);
+int vmm_stream_write(struct vmm_stream *s, const uint8_t *data, uint32_t len);
+/* Copies what is still kept from absolute offset `from`; *start gets the offset of the first
+ * byte copied (later than `from` if older bytes are gone). Returns the count. */
+uint32_t vmm_stream_read(struct vmm_stream *s, uint64_t from, uint8_t *dst, uint32_t len,
+			 uint64_t *start);
+uint64_t vmm_stream_total(struct vmm_stream *s);
+/* Waits until total() > from, the stream is closed, or the timeout; returns total(). */
+uint64_t vmm_stream_wait(struct vmm_stream *s, uint64_t from, int timeout_ms);
+void vmm_stream_close(struct vmm_stream *s);
+/* Up to 8 patterns of up to 63 bytes. When one passes, its bit is set and the eventfd written. */
+int vmm_stream_watch(struct vmm_stream *s, const char *pattern, int eventfd);
+uint32_t vmm_stream_matched(struct vmm_stream *s);
+
+/* cdef: end */
+
+#define VMM_ACCESS_DONE 0
+#define VMM_ACCESS_COLD 1 /* the access is Python's */
+
+/* A device answered in C embeds this first. `access` runs on a vCPU thread, several at once:
+ * it locks what it must. offset is relative to the base it was added at; size is 1, 2, 4 or 8;
+ * offset + size never passes the end of the range. */
+struct vmm_dev {
+	int (*access)(struct vmm_dev *dev, uint64_t offset, uint32_t size, uint8_t *data,
+		      int is_write);
+};
+
+/* A file descriptor served by the I/O thread. `ready` runs on that thread only. Embed it, add it,
+ * and remove it before the memory goes: removal returns only once no `ready` is running (unless
+ * called from the I/O thread itself). */
+struct vmm_source {
+	int fd;
+	void (*ready)(struct vmm_source *src, uint32_t epoll_events);
+};
+
+int vmm_loop_add(struct vmm_loop *loop, struct vmm_source *src, uint32_t epoll_events);
+int vmm_loop_modify(struct vmm_loop *loop, struct vmm_source *src, uint32_t epoll_events);
+void vmm_loop_remove(struct vmm_loop *loop, struct vmm_source *src);
+/* Runs fn(arg) on the I/O thread and waits for it; directly if already there. */
+void vmm_loop_call(struct vmm_loop *loop, void (*fn)(void *arg), void *arg);
+
+static inline uint64_t vmm_get_le(const uint8_t *p, uint32_t size)
+{
+	uint64_t v = 0;
+
+	for (uint32_t i = 0; i < size && i < 8; i++)
+		v |= (uint64_t)p[i] << (8 * i);
+	return v;
+}
+
+static inline void vmm_put_le(uint8_t *p, uint64_t v, uint32_t size)
+{
+	for (uint32_t i = 0; i < size && i < 8; i++)
+		p[i] = (uint8_t)(v >> (8 * i));
+}
+
+#endif

@@ -1,0 +1,86 @@
+/* One interrupt source, whatever carries it. */
+#include "core.h"
+
+#include <errno.h>
+#include <linux/kvm.h>
+#include <stdlib.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+struct vmm_irq {
+	int kind, fd;
+	uint32_t gsi;
+	pthread_mutex_t lock; /* level and the ioctl that carries it must not be reordered */
+	int level;
+	_Atomic uint64_t count;
+};
+
+struct vmm_irq *vmm_irq_create(int kind, int fd, uint32_t gsi)
+{
+	struct vmm_irq *irq = calloc(1, sizeof(*irq));
+
+	if (!irq)
+		return NULL;
+	irq->kind = kind;
+	irq->fd = fd;
+	irq->gsi = gsi;
+	pthread_mutex_init(&irq->lock, NULL);
+	return irq;
+}
+
+void vmm_irq_destroy(struct vmm_irq *irq)
+{
+	if (!irq)
+		return;
+	pthread_mutex_destroy(&irq->lock);
+	free(irq);
+}
+
+static void signal_fd(int fd)
+{
+	const uint64_t one = 1;
+	ssize_t n;
+
+	/* EAGAIN means the counter is full: an interrupt is pending anyway. */
+	do
+		n = write(fd, &one, sizeof(one));
+	while (n < 0 && errno == EINTR);
+}
+
+void vmm_irq_set(struct vmm_irq *irq, int level)
+{
+	pthread_mutex_lock(&irq->lock);
+	if (irq->level != !!level) {
+		irq->level = !!level;
+		if (level)
+			atomic_fetch_add(&irq->count, 1);
+		if (irq->kind == VMM_IRQ_LINE) {
+			struct kvm_irq_level l = { .irq = irq->gsi, .level = irq->level };
+
+			ioctl(irq->fd, KVM_IRQ_LINE, &l);
+		} else if (irq->kind == VMM_IRQ_EVENTFD && level) {
+			signal_fd(irq->fd);
+		}
+	}
+	pthread_mutex_unlock(&irq->lock);
+}
+
+void vmm_irq_pulse(struct vmm_irq *irq)
+{
+	if (irq->kind == VMM_IRQ_EVENTFD) {
+		atomic_fetch_add(&irq->count, 1);
+		signal_fd(irq->fd);
+	} else {
+		vmm_irq_set(irq, 1);
+	}
+}
+
+uint64_t vmm_irq_count(const struct vmm_irq *irq)
+{
+	return atomic_load(&irq->count);
+}
+
+int vmm_irq_level(const struct vmm_irq *irq)
+{
+	return irq->level;
+}
