@@ -64,6 +64,17 @@ void vmm_irq_pulse(struct vmm_irq *irq);          /* EVENTFD: signal; LINE: rais
 uint64_t vmm_irq_count(const struct vmm_irq *irq); /* rising edges or pulses so far */
 int vmm_irq_level(const struct vmm_irq *irq);
 
+/* One GSI route: to an interrupt chip's pin (msi = 0), or a message (msi = 1). */
+struct vmm_route {
+	uint32_t gsi, msi;
+	uint32_t chip, pin;
+	uint64_t address;
+	uint32_t data, pad;
+};
+
+/* KVM_SET_GSI_ROUTING: replaces the whole table. */
+int vmm_irq_route(int vm_fd, const struct vmm_route *routes, uint32_t nr);
+
 /* ---- the I/O thread ------------------------------------------------------------------------ */
 
 struct vmm_loop;

@@ -84,3 +84,32 @@ int vmm_irq_level(const struct vmm_irq *irq)
 {
 	return irq->level;
 }
+
+int vmm_irq_route(int vm_fd, const struct vmm_route *routes, uint32_t nr)
+{
+	struct kvm_irq_routing *table;
+	int rc;
+
+	table = calloc(1, sizeof(*table) + nr * sizeof(table->entries[0]));
+	if (!table)
+		return -ENOMEM;
+	table->nr = nr;
+	for (uint32_t i = 0; i < nr; i++) {
+		struct kvm_irq_routing_entry *e = &table->entries[i];
+
+		e->gsi = routes[i].gsi;
+		if (routes[i].msi) {
+			e->type = KVM_IRQ_ROUTING_MSI;
+			e->u.msi.address_lo = (uint32_t)routes[i].address;
+			e->u.msi.address_hi = (uint32_t)(routes[i].address >> 32);
+			e->u.msi.data = routes[i].data;
+		} else {
+			e->type = KVM_IRQ_ROUTING_IRQCHIP;
+			e->u.irqchip.irqchip = routes[i].chip;
+			e->u.irqchip.pin = routes[i].pin;
+		}
+	}
+	rc = ioctl(vm_fd, KVM_SET_GSI_ROUTING, table) ? -errno : 0;
+	free(table);
+	return rc;
+}

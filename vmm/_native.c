@@ -582,141 +582,243 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 #include <linux/kvm.h>
 #include <sys/mman.h>
 #include "core.h"
+#include "vcpu.h"
 
 /************************************************************/
 
 static void *_cffi_types[] = {
-/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 9), // int()(struct vmm_bus *, uint64_t)
-/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 123), // struct vmm_bus *
-/*  2 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
-/*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 9), // int()(struct vmm_bus *, uint64_t, uint32_t, uint8_t *, int)
-/*  5 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/*  6 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/*  7 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
-/*  8 */ _CFFI_OP(_CFFI_OP_POINTER, 129), // uint8_t *
-/*  9 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
-/* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 11 */ _CFFI_OP(_CFFI_OP_FUNCTION, 9), // int()(struct vmm_bus *, uint64_t, uint64_t, struct vmm_dev *)
-/* 12 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 13 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 14 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 15 */ _CFFI_OP(_CFFI_OP_POINTER, 124), // struct vmm_dev *
-/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 17 */ _CFFI_OP(_CFFI_OP_FUNCTION, 9), // int()(struct vmm_irq const *)
-/* 18 */ _CFFI_OP(_CFFI_OP_POINTER, 125), // struct vmm_irq const *
+/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // int()(int, struct vmm_route const *, uint32_t)
+/*  1 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/*  2 */ _CFFI_OP(_CFFI_OP_POINTER, 222), // struct vmm_route const *
+/*  3 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
+/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/*  5 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // int()(int, unsigned long, ...)
+/*  6 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/*  7 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 10), // unsigned long
+/*  8 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 1),
+/*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // int()(struct vmm_bus *, uint64_t)
+/* 10 */ _CFFI_OP(_CFFI_OP_POINTER, 214), // struct vmm_bus *
+/* 11 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
+/* 12 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // int()(struct vmm_bus *, uint64_t, uint32_t, uint8_t *, int)
+/* 14 */ _CFFI_OP(_CFFI_OP_NOOP, 10),
+/* 15 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 16 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 17 */ _CFFI_OP(_CFFI_OP_POINTER, 230), // uint8_t *
+/* 18 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
 /* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION, 9), // int()(struct vmm_mem *, uint64_t, uint64_t, void *)
-/* 21 */ _CFFI_OP(_CFFI_OP_POINTER, 127), // struct vmm_mem *
+/* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // int()(struct vmm_bus *, uint64_t, uint64_t, struct vmm_dev *)
+/* 21 */ _CFFI_OP(_CFFI_OP_NOOP, 10),
 /* 22 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 23 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 24 */ _CFFI_OP(_CFFI_OP_POINTER, 130), // void *
+/* 24 */ _CFFI_OP(_CFFI_OP_POINTER, 215), // struct vmm_dev *
 /* 25 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 26 */ _CFFI_OP(_CFFI_OP_FUNCTION, 9), // int()(struct vmm_mem const *, uint64_t, void *, uint64_t)
-/* 27 */ _CFFI_OP(_CFFI_OP_POINTER, 127), // struct vmm_mem const *
-/* 28 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 29 */ _CFFI_OP(_CFFI_OP_NOOP, 24),
-/* 30 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 31 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION, 9), // int()(struct vmm_mem const *, uint64_t, void const *, uint64_t)
-/* 33 */ _CFFI_OP(_CFFI_OP_NOOP, 27),
-/* 34 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 35 */ _CFFI_OP(_CFFI_OP_POINTER, 130), // void const *
-/* 36 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 37 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 38 */ _CFFI_OP(_CFFI_OP_FUNCTION, 9), // int()(struct vmm_stream *, char const *, int)
-/* 39 */ _CFFI_OP(_CFFI_OP_POINTER, 128), // struct vmm_stream *
-/* 40 */ _CFFI_OP(_CFFI_OP_POINTER, 121), // char const *
-/* 41 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
-/* 42 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 43 */ _CFFI_OP(_CFFI_OP_FUNCTION, 9), // int()(struct vmm_stream *, uint8_t const *, uint32_t)
-/* 44 */ _CFFI_OP(_CFFI_OP_NOOP, 39),
-/* 45 */ _CFFI_OP(_CFFI_OP_POINTER, 129), // uint8_t const *
-/* 46 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 47 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION, 9), // int()(void *, uint64_t, int)
-/* 49 */ _CFFI_OP(_CFFI_OP_NOOP, 24),
-/* 50 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 51 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
-/* 52 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 53 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // struct vmm_bus *()(void)
-/* 54 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 55 */ _CFFI_OP(_CFFI_OP_FUNCTION, 102), // struct vmm_irq *()(int, int, uint32_t)
-/* 56 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
-/* 57 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
-/* 58 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 26 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // int()(struct vmm_irq const *)
+/* 27 */ _CFFI_OP(_CFFI_OP_POINTER, 219), // struct vmm_irq const *
+/* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // int()(struct vmm_mem *, uint64_t, uint64_t, void *)
+/* 30 */ _CFFI_OP(_CFFI_OP_POINTER, 221), // struct vmm_mem *
+/* 31 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 32 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 33 */ _CFFI_OP(_CFFI_OP_POINTER, 231), // void *
+/* 34 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 35 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // int()(struct vmm_mem const *, uint64_t, void *, uint64_t)
+/* 36 */ _CFFI_OP(_CFFI_OP_POINTER, 221), // struct vmm_mem const *
+/* 37 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 38 */ _CFFI_OP(_CFFI_OP_NOOP, 33),
+/* 39 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 41 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // int()(struct vmm_mem const *, uint64_t, void const *, uint64_t)
+/* 42 */ _CFFI_OP(_CFFI_OP_NOOP, 36),
+/* 43 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 44 */ _CFFI_OP(_CFFI_OP_POINTER, 231), // void const *
+/* 45 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 46 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 47 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // int()(struct vmm_stream *, char const *, int)
+/* 48 */ _CFFI_OP(_CFFI_OP_POINTER, 223), // struct vmm_stream *
+/* 49 */ _CFFI_OP(_CFFI_OP_POINTER, 186), // char const *
+/* 50 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 51 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 52 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // int()(struct vmm_stream *, uint8_t const *, uint32_t)
+/* 53 */ _CFFI_OP(_CFFI_OP_NOOP, 48),
+/* 54 */ _CFFI_OP(_CFFI_OP_POINTER, 230), // uint8_t const *
+/* 55 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 56 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 57 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // int()(struct vmm_vcpu *)
+/* 58 */ _CFFI_OP(_CFFI_OP_POINTER, 224), // struct vmm_vcpu *
 /* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 60 */ _CFFI_OP(_CFFI_OP_FUNCTION, 109), // struct vmm_loop *()(void)
-/* 61 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION, 21), // struct vmm_mem *()(void)
-/* 63 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 64 */ _CFFI_OP(_CFFI_OP_FUNCTION, 39), // struct vmm_stream *()(uint32_t)
-/* 65 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 60 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // int()(struct vmm_vm *)
+/* 61 */ _CFFI_OP(_CFFI_OP_POINTER, 225), // struct vmm_vm *
+/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 63 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // int()(struct vmm_vm *, int)
+/* 64 */ _CFFI_OP(_CFFI_OP_NOOP, 61),
+/* 65 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
 /* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION, 7), // uint32_t()(struct vmm_stream *)
-/* 68 */ _CFFI_OP(_CFFI_OP_NOOP, 39),
-/* 69 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 70 */ _CFFI_OP(_CFFI_OP_FUNCTION, 7), // uint32_t()(struct vmm_stream *, uint64_t, uint8_t *, uint32_t, uint64_t *)
-/* 71 */ _CFFI_OP(_CFFI_OP_NOOP, 39),
-/* 72 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 73 */ _CFFI_OP(_CFFI_OP_NOOP, 8),
-/* 74 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 75 */ _CFFI_OP(_CFFI_OP_POINTER, 2), // uint64_t *
+/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // int()(void *, uint64_t, int)
+/* 68 */ _CFFI_OP(_CFFI_OP_NOOP, 33),
+/* 69 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 70 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 71 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION, 10), // struct vmm_bus *()(struct vmm_vm *)
+/* 73 */ _CFFI_OP(_CFFI_OP_NOOP, 61),
+/* 74 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 75 */ _CFFI_OP(_CFFI_OP_FUNCTION, 10), // struct vmm_bus *()(void)
 /* 76 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 77 */ _CFFI_OP(_CFFI_OP_FUNCTION, 2), // uint64_t()(struct vmm_irq const *)
-/* 78 */ _CFFI_OP(_CFFI_OP_NOOP, 18),
-/* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 80 */ _CFFI_OP(_CFFI_OP_FUNCTION, 2), // uint64_t()(struct vmm_stream *)
-/* 81 */ _CFFI_OP(_CFFI_OP_NOOP, 39),
-/* 82 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 83 */ _CFFI_OP(_CFFI_OP_FUNCTION, 2), // uint64_t()(struct vmm_stream *, uint64_t, int)
-/* 84 */ _CFFI_OP(_CFFI_OP_NOOP, 39),
-/* 85 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 86 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
-/* 87 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION, 24), // void *()(int, uint64_t, uint64_t)
-/* 89 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
-/* 90 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 91 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 93 */ _CFFI_OP(_CFFI_OP_FUNCTION, 24), // void *()(struct vmm_mem const *, uint64_t, uint64_t)
-/* 94 */ _CFFI_OP(_CFFI_OP_NOOP, 27),
-/* 95 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 96 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 97 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 98 */ _CFFI_OP(_CFFI_OP_FUNCTION, 130), // void()(struct vmm_bus *)
-/* 99 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 100 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 101 */ _CFFI_OP(_CFFI_OP_FUNCTION, 130), // void()(struct vmm_irq *)
-/* 102 */ _CFFI_OP(_CFFI_OP_POINTER, 125), // struct vmm_irq *
-/* 103 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 104 */ _CFFI_OP(_CFFI_OP_FUNCTION, 130), // void()(struct vmm_irq *, int)
-/* 105 */ _CFFI_OP(_CFFI_OP_NOOP, 102),
-/* 106 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
-/* 107 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 108 */ _CFFI_OP(_CFFI_OP_FUNCTION, 130), // void()(struct vmm_loop *)
-/* 109 */ _CFFI_OP(_CFFI_OP_POINTER, 126), // struct vmm_loop *
-/* 110 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 111 */ _CFFI_OP(_CFFI_OP_FUNCTION, 130), // void()(struct vmm_mem *)
-/* 112 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
-/* 113 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 114 */ _CFFI_OP(_CFFI_OP_FUNCTION, 130), // void()(struct vmm_stream *)
-/* 115 */ _CFFI_OP(_CFFI_OP_NOOP, 39),
-/* 116 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 117 */ _CFFI_OP(_CFFI_OP_FUNCTION, 130), // void()(void *, uint64_t)
-/* 118 */ _CFFI_OP(_CFFI_OP_NOOP, 24),
-/* 119 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 120 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 121 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 122 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // enum $1
-/* 123 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // struct vmm_bus
-/* 124 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // struct vmm_dev
-/* 125 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // struct vmm_irq
-/* 126 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // struct vmm_loop
-/* 127 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // struct vmm_mem
-/* 128 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // struct vmm_stream
-/* 129 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
-/* 130 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 77 */ _CFFI_OP(_CFFI_OP_FUNCTION, 157), // struct vmm_irq *()(int, int, uint32_t)
+/* 78 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 79 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 80 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 81 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 82 */ _CFFI_OP(_CFFI_OP_FUNCTION, 164), // struct vmm_loop *()(void)
+/* 83 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 84 */ _CFFI_OP(_CFFI_OP_FUNCTION, 30), // struct vmm_mem *()(void)
+/* 85 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 86 */ _CFFI_OP(_CFFI_OP_FUNCTION, 48), // struct vmm_stream *()(uint32_t)
+/* 87 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 89 */ _CFFI_OP(_CFFI_OP_FUNCTION, 58), // struct vmm_vcpu *()(struct vmm_vm *, int, uint32_t, uint64_t)
+/* 90 */ _CFFI_OP(_CFFI_OP_NOOP, 61),
+/* 91 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 92 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 93 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 94 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 95 */ _CFFI_OP(_CFFI_OP_FUNCTION, 61), // struct vmm_vm *()(int, struct vmm_mem *)
+/* 96 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 97 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
+/* 98 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 99 */ _CFFI_OP(_CFFI_OP_FUNCTION, 3), // uint32_t()(struct vmm_stream *)
+/* 100 */ _CFFI_OP(_CFFI_OP_NOOP, 48),
+/* 101 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 102 */ _CFFI_OP(_CFFI_OP_FUNCTION, 3), // uint32_t()(struct vmm_stream *, uint64_t, uint8_t *, uint32_t, uint64_t *)
+/* 103 */ _CFFI_OP(_CFFI_OP_NOOP, 48),
+/* 104 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 105 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
+/* 106 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 107 */ _CFFI_OP(_CFFI_OP_POINTER, 11), // uint64_t *
+/* 108 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 109 */ _CFFI_OP(_CFFI_OP_FUNCTION, 3), // uint32_t()(struct vmm_vcpu *, struct vmm_event *)
+/* 110 */ _CFFI_OP(_CFFI_OP_NOOP, 58),
+/* 111 */ _CFFI_OP(_CFFI_OP_POINTER, 216), // struct vmm_event *
+/* 112 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 113 */ _CFFI_OP(_CFFI_OP_FUNCTION, 3), // uint32_t()(struct vmm_vcpu *, struct vmm_exit *, uint32_t)
+/* 114 */ _CFFI_OP(_CFFI_OP_NOOP, 58),
+/* 115 */ _CFFI_OP(_CFFI_OP_POINTER, 217), // struct vmm_exit *
+/* 116 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 117 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 118 */ _CFFI_OP(_CFFI_OP_FUNCTION, 3), // uint32_t()(struct vmm_vcpu *, struct vmm_exit_count *, uint32_t)
+/* 119 */ _CFFI_OP(_CFFI_OP_NOOP, 58),
+/* 120 */ _CFFI_OP(_CFFI_OP_POINTER, 218), // struct vmm_exit_count *
+/* 121 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 122 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 123 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // uint64_t()(struct vmm_irq const *)
+/* 124 */ _CFFI_OP(_CFFI_OP_NOOP, 27),
+/* 125 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 126 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // uint64_t()(struct vmm_stream *)
+/* 127 */ _CFFI_OP(_CFFI_OP_NOOP, 48),
+/* 128 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 129 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // uint64_t()(struct vmm_stream *, uint64_t, int)
+/* 130 */ _CFFI_OP(_CFFI_OP_NOOP, 48),
+/* 131 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 132 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 133 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 134 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // uint64_t()(struct vmm_vcpu *)
+/* 135 */ _CFFI_OP(_CFFI_OP_NOOP, 58),
+/* 136 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 137 */ _CFFI_OP(_CFFI_OP_FUNCTION, 11), // uint64_t()(struct vmm_vm *)
+/* 138 */ _CFFI_OP(_CFFI_OP_NOOP, 61),
+/* 139 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 140 */ _CFFI_OP(_CFFI_OP_FUNCTION, 33), // void *()(int, uint64_t, uint64_t)
+/* 141 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 142 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 143 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 144 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 145 */ _CFFI_OP(_CFFI_OP_FUNCTION, 33), // void *()(struct vmm_mem const *, uint64_t, uint64_t)
+/* 146 */ _CFFI_OP(_CFFI_OP_NOOP, 36),
+/* 147 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 148 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 149 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 150 */ _CFFI_OP(_CFFI_OP_FUNCTION, 33), // void *()(struct vmm_vcpu *)
+/* 151 */ _CFFI_OP(_CFFI_OP_NOOP, 58),
+/* 152 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 153 */ _CFFI_OP(_CFFI_OP_FUNCTION, 231), // void()(struct vmm_bus *)
+/* 154 */ _CFFI_OP(_CFFI_OP_NOOP, 10),
+/* 155 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 156 */ _CFFI_OP(_CFFI_OP_FUNCTION, 231), // void()(struct vmm_irq *)
+/* 157 */ _CFFI_OP(_CFFI_OP_POINTER, 219), // struct vmm_irq *
+/* 158 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 159 */ _CFFI_OP(_CFFI_OP_FUNCTION, 231), // void()(struct vmm_irq *, int)
+/* 160 */ _CFFI_OP(_CFFI_OP_NOOP, 157),
+/* 161 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 162 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 163 */ _CFFI_OP(_CFFI_OP_FUNCTION, 231), // void()(struct vmm_loop *)
+/* 164 */ _CFFI_OP(_CFFI_OP_POINTER, 220), // struct vmm_loop *
+/* 165 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 166 */ _CFFI_OP(_CFFI_OP_FUNCTION, 231), // void()(struct vmm_mem *)
+/* 167 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
+/* 168 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 169 */ _CFFI_OP(_CFFI_OP_FUNCTION, 231), // void()(struct vmm_stream *)
+/* 170 */ _CFFI_OP(_CFFI_OP_NOOP, 48),
+/* 171 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 172 */ _CFFI_OP(_CFFI_OP_FUNCTION, 231), // void()(struct vmm_vcpu *)
+/* 173 */ _CFFI_OP(_CFFI_OP_NOOP, 58),
+/* 174 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 175 */ _CFFI_OP(_CFFI_OP_FUNCTION, 231), // void()(struct vmm_vm *)
+/* 176 */ _CFFI_OP(_CFFI_OP_NOOP, 61),
+/* 177 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 178 */ _CFFI_OP(_CFFI_OP_FUNCTION, 231), // void()(struct vmm_vm *, int)
+/* 179 */ _CFFI_OP(_CFFI_OP_NOOP, 61),
+/* 180 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 181 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 182 */ _CFFI_OP(_CFFI_OP_FUNCTION, 231), // void()(void *, uint64_t)
+/* 183 */ _CFFI_OP(_CFFI_OP_NOOP, 33),
+/* 184 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 185 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 186 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 187 */ _CFFI_OP(_CFFI_OP_ARRAY, 186), // char[1024]
+/* 188 */ (_cffi_opcode_t)(1024),
+/* 189 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // enum $1
+/* 190 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // enum $2
+/* 191 */ _CFFI_OP(_CFFI_OP_POINTER, 5), // int(*)(int, unsigned long, ...)
+/* 192 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
+/* 193 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // struct kvm_cpuid2
+/* 194 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // struct kvm_cpuid_entry2
+/* 195 */ _CFFI_OP(_CFFI_OP_OPEN_ARRAY, 194), // struct kvm_cpuid_entry2[]
+/* 196 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // struct kvm_dtable
+/* 197 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // struct kvm_fpu
+/* 198 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // struct kvm_ioeventfd
+/* 199 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // struct kvm_irq_level
+/* 200 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // struct kvm_irqfd
+/* 201 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // struct kvm_lapic_state
+/* 202 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // struct kvm_mp_state
+/* 203 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // struct kvm_msi
+/* 204 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // struct kvm_msr_entry
+/* 205 */ _CFFI_OP(_CFFI_OP_OPEN_ARRAY, 204), // struct kvm_msr_entry[]
+/* 206 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // struct kvm_msr_list
+/* 207 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // struct kvm_msrs
+/* 208 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // struct kvm_pit_config
+/* 209 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // struct kvm_regs
+/* 210 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 15), // struct kvm_segment
+/* 211 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 16), // struct kvm_sregs
+/* 212 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 17), // struct kvm_translation
+/* 213 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 18), // struct kvm_userspace_memory_region
+/* 214 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 19), // struct vmm_bus
+/* 215 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 20), // struct vmm_dev
+/* 216 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 21), // struct vmm_event
+/* 217 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 22), // struct vmm_exit
+/* 218 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 23), // struct vmm_exit_count
+/* 219 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 24), // struct vmm_irq
+/* 220 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 25), // struct vmm_loop
+/* 221 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 26), // struct vmm_mem
+/* 222 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 27), // struct vmm_route
+/* 223 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 28), // struct vmm_stream
+/* 224 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 29), // struct vmm_vcpu
+/* 225 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 30), // struct vmm_vm
+/* 226 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 20), // uint16_t
+/* 227 */ _CFFI_OP(_CFFI_OP_OPEN_ARRAY, 3), // uint32_t[]
+/* 228 */ _CFFI_OP(_CFFI_OP_ARRAY, 11), // uint64_t[8]
+/* 229 */ (_cffi_opcode_t)(8),
+/* 230 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
+/* 231 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 static int _cffi_const_VMM_IRQ_NONE(unsigned long long *o)
@@ -738,6 +840,95 @@ static int _cffi_const_VMM_IRQ_EVENTFD(unsigned long long *o)
   int n = (VMM_IRQ_EVENTFD) <= 0;
   *o = (unsigned long long)((VMM_IRQ_EVENTFD) | 0);  /* check that VMM_IRQ_EVENTFD is an integer */
   return n;
+}
+
+static int _cffi_const_VMM_EV_NONE(unsigned long long *o)
+{
+  int n = (VMM_EV_NONE) <= 0;
+  *o = (unsigned long long)((VMM_EV_NONE) | 0);  /* check that VMM_EV_NONE is an integer */
+  return n;
+}
+
+static int _cffi_const_VMM_EV_PIO(unsigned long long *o)
+{
+  int n = (VMM_EV_PIO) <= 0;
+  *o = (unsigned long long)((VMM_EV_PIO) | 0);  /* check that VMM_EV_PIO is an integer */
+  return n;
+}
+
+static int _cffi_const_VMM_EV_MMIO(unsigned long long *o)
+{
+  int n = (VMM_EV_MMIO) <= 0;
+  *o = (unsigned long long)((VMM_EV_MMIO) | 0);  /* check that VMM_EV_MMIO is an integer */
+  return n;
+}
+
+static int _cffi_const_VMM_EV_HLT(unsigned long long *o)
+{
+  int n = (VMM_EV_HLT) <= 0;
+  *o = (unsigned long long)((VMM_EV_HLT) | 0);  /* check that VMM_EV_HLT is an integer */
+  return n;
+}
+
+static int _cffi_const_VMM_EV_SHUTDOWN(unsigned long long *o)
+{
+  int n = (VMM_EV_SHUTDOWN) <= 0;
+  *o = (unsigned long long)((VMM_EV_SHUTDOWN) | 0);  /* check that VMM_EV_SHUTDOWN is an integer */
+  return n;
+}
+
+static int _cffi_const_VMM_EV_INTERNAL(unsigned long long *o)
+{
+  int n = (VMM_EV_INTERNAL) <= 0;
+  *o = (unsigned long long)((VMM_EV_INTERNAL) | 0);  /* check that VMM_EV_INTERNAL is an integer */
+  return n;
+}
+
+static int _cffi_const_VMM_EV_FAIL_ENTRY(unsigned long long *o)
+{
+  int n = (VMM_EV_FAIL_ENTRY) <= 0;
+  *o = (unsigned long long)((VMM_EV_FAIL_ENTRY) | 0);  /* check that VMM_EV_FAIL_ENTRY is an integer */
+  return n;
+}
+
+static int _cffi_const_VMM_EV_SYSTEM(unsigned long long *o)
+{
+  int n = (VMM_EV_SYSTEM) <= 0;
+  *o = (unsigned long long)((VMM_EV_SYSTEM) | 0);  /* check that VMM_EV_SYSTEM is an integer */
+  return n;
+}
+
+static int _cffi_const_VMM_EV_DEBUG(unsigned long long *o)
+{
+  int n = (VMM_EV_DEBUG) <= 0;
+  *o = (unsigned long long)((VMM_EV_DEBUG) | 0);  /* check that VMM_EV_DEBUG is an integer */
+  return n;
+}
+
+static int _cffi_const_VMM_EV_OTHER(unsigned long long *o)
+{
+  int n = (VMM_EV_OTHER) <= 0;
+  *o = (unsigned long long)((VMM_EV_OTHER) | 0);  /* check that VMM_EV_OTHER is an integer */
+  return n;
+}
+
+static int _cffi_const_VMM_EV_ERROR(unsigned long long *o)
+{
+  int n = (VMM_EV_ERROR) <= 0;
+  *o = (unsigned long long)((VMM_EV_ERROR) | 0);  /* check that VMM_EV_ERROR is an integer */
+  return n;
+}
+
+static int _cffi_const_VMM_EV_STOPPED(unsigned long long *o)
+{
+  int n = (VMM_EV_STOPPED) <= 0;
+  *o = (unsigned long long)((VMM_EV_STOPPED) | 0);  /* check that VMM_EV_STOPPED is an integer */
+  return n;
+}
+
+static void _cffi_const_ioctl(char *o)
+{
+  *(int(* *)(int, unsigned long, ...))o = ioctl;
 }
 
 static int _cffi_d_vmm_bus_access(struct vmm_bus * x0, uint64_t x1, uint32_t x2, uint8_t * x3, int x4)
@@ -767,10 +958,10 @@ _cffi_f_vmm_bus_access(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(1), arg0, (char **)&x0);
+      _cffi_type(10), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_bus *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(10), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -784,10 +975,10 @@ _cffi_f_vmm_bus_access(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(8), arg3, (char **)&x3);
+      _cffi_type(17), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (uint8_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(8), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(17), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -836,10 +1027,10 @@ _cffi_f_vmm_bus_add(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(1), arg0, (char **)&x0);
+      _cffi_type(10), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_bus *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(10), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -853,10 +1044,10 @@ _cffi_f_vmm_bus_add(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(15), arg3, (char **)&x3);
+      _cffi_type(24), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (struct vmm_dev *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(15), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(24), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -895,7 +1086,7 @@ _cffi_f_vmm_bus_create(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(1));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(10));
   return pyresult;
 }
 #else
@@ -915,10 +1106,10 @@ _cffi_f_vmm_bus_destroy(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(1), arg0, (char **)&x0);
+      _cffi_type(10), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_bus *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(10), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -959,10 +1150,10 @@ _cffi_f_vmm_bus_remove(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(1), arg0, (char **)&x0);
+      _cffi_type(10), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_bus *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(10), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1001,10 +1192,10 @@ _cffi_f_vmm_irq_count(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(18), arg0, (char **)&x0);
+      _cffi_type(27), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_irq const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(18), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(27), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1063,7 +1254,7 @@ _cffi_f_vmm_irq_create(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(102));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(157));
   return pyresult;
 }
 #else
@@ -1083,10 +1274,10 @@ _cffi_f_vmm_irq_destroy(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(102), arg0, (char **)&x0);
+      _cffi_type(157), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_irq *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(102), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(157), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1121,10 +1312,10 @@ _cffi_f_vmm_irq_level(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(18), arg0, (char **)&x0);
+      _cffi_type(27), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_irq const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(18), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(27), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1157,10 +1348,10 @@ _cffi_f_vmm_irq_pulse(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(102), arg0, (char **)&x0);
+      _cffi_type(157), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_irq *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(102), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(157), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1178,6 +1369,60 @@ _cffi_f_vmm_irq_pulse(PyObject *self, PyObject *arg0)
 }
 #else
 #  define _cffi_f_vmm_irq_pulse _cffi_d_vmm_irq_pulse
+#endif
+
+static int _cffi_d_vmm_irq_route(int x0, struct vmm_route const * x1, uint32_t x2)
+{
+  return vmm_irq_route(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_vmm_irq_route(PyObject *self, PyObject *args)
+{
+  int x0;
+  struct vmm_route const * x1;
+  uint32_t x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "vmm_irq_route", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  x0 = _cffi_to_c_int(arg0, int);
+  if (x0 == (int)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(2), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (struct vmm_route const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(2), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, uint32_t);
+  if (x2 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = vmm_irq_route(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_vmm_irq_route _cffi_d_vmm_irq_route
 #endif
 
 static void _cffi_d_vmm_irq_set(struct vmm_irq * x0, int x1)
@@ -1199,10 +1444,10 @@ _cffi_f_vmm_irq_set(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(102), arg0, (char **)&x0);
+      _cffi_type(157), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_irq *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(102), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(157), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1239,10 +1484,10 @@ _cffi_f_vmm_loop_barrier(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(109), arg0, (char **)&x0);
+      _cffi_type(164), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_loop *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(109), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(164), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1281,7 +1526,7 @@ _cffi_f_vmm_loop_create(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(109));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(164));
   return pyresult;
 }
 #else
@@ -1301,10 +1546,10 @@ _cffi_f_vmm_loop_destroy(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(109), arg0, (char **)&x0);
+      _cffi_type(164), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_loop *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(109), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(164), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1347,10 +1592,10 @@ _cffi_f_vmm_madvise(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(24), arg0, (char **)&x0);
+      _cffi_type(33), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (void *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(24), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(33), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1403,10 +1648,10 @@ _cffi_f_vmm_mem_add(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(21), arg0, (char **)&x0);
+      _cffi_type(30), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_mem *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(21), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(30), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1420,10 +1665,10 @@ _cffi_f_vmm_mem_add(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(24), arg3, (char **)&x3);
+      _cffi_type(33), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (void *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(24), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(33), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1466,10 +1711,10 @@ _cffi_f_vmm_mem_at(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(27), arg0, (char **)&x0);
+      _cffi_type(36), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_mem const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(27), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(36), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1489,7 +1734,7 @@ _cffi_f_vmm_mem_at(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(24));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(33));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -1516,7 +1761,7 @@ _cffi_f_vmm_mem_create(PyObject *self, PyObject *noarg)
 
   (void)self; /* unused */
   (void)noarg; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(21));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(30));
   return pyresult;
 }
 #else
@@ -1536,10 +1781,10 @@ _cffi_f_vmm_mem_destroy(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(21), arg0, (char **)&x0);
+      _cffi_type(30), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_mem *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(21), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(30), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1584,10 +1829,10 @@ _cffi_f_vmm_mem_read(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(27), arg0, (char **)&x0);
+      _cffi_type(36), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_mem const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(27), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(36), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1597,10 +1842,10 @@ _cffi_f_vmm_mem_read(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(24), arg2, (char **)&x2);
+      _cffi_type(33), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (void *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(24), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(33), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1649,10 +1894,10 @@ _cffi_f_vmm_mem_write(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(27), arg0, (char **)&x0);
+      _cffi_type(36), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_mem const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(27), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(36), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1662,10 +1907,10 @@ _cffi_f_vmm_mem_write(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(35), arg2, (char **)&x2);
+      _cffi_type(44), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(35), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(44), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1728,7 +1973,7 @@ _cffi_f_vmm_ram_map(PyObject *self, PyObject *args)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(24));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(33));
   return pyresult;
 }
 #else
@@ -1754,10 +1999,10 @@ _cffi_f_vmm_ram_unmap(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(24), arg0, (char **)&x0);
+      _cffi_type(33), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (void *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(24), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(33), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1794,10 +2039,10 @@ _cffi_f_vmm_stream_close(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(39), arg0, (char **)&x0);
+      _cffi_type(48), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_stream *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(39), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(48), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1840,7 +2085,7 @@ _cffi_f_vmm_stream_create(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(39));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(48));
   return pyresult;
 }
 #else
@@ -1860,10 +2105,10 @@ _cffi_f_vmm_stream_destroy(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(39), arg0, (char **)&x0);
+      _cffi_type(48), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_stream *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(39), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(48), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1898,10 +2143,10 @@ _cffi_f_vmm_stream_matched(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(39), arg0, (char **)&x0);
+      _cffi_type(48), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_stream *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(39), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(48), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1948,10 +2193,10 @@ _cffi_f_vmm_stream_read(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(39), arg0, (char **)&x0);
+      _cffi_type(48), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_stream *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(39), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(48), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1961,10 +2206,10 @@ _cffi_f_vmm_stream_read(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(8), arg2, (char **)&x2);
+      _cffi_type(17), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (uint8_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(8), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(17), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1974,10 +2219,10 @@ _cffi_f_vmm_stream_read(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(75), arg4, (char **)&x4);
+      _cffi_type(107), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(75), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(107), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2012,10 +2257,10 @@ _cffi_f_vmm_stream_total(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(39), arg0, (char **)&x0);
+      _cffi_type(48), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_stream *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(39), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(48), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2058,10 +2303,10 @@ _cffi_f_vmm_stream_wait(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(39), arg0, (char **)&x0);
+      _cffi_type(48), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_stream *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(39), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(48), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2112,19 +2357,19 @@ _cffi_f_vmm_stream_watch(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(39), arg0, (char **)&x0);
+      _cffi_type(48), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_stream *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(39), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(48), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(40), arg1, (char **)&x1);
+      _cffi_type(49), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(40), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(49), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2171,19 +2416,19 @@ _cffi_f_vmm_stream_write(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(39), arg0, (char **)&x0);
+      _cffi_type(48), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct vmm_stream *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(39), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(48), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(45), arg1, (char **)&x1);
+      _cffi_type(54), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint8_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(45), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(54), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2206,6 +2451,1588 @@ _cffi_f_vmm_stream_write(PyObject *self, PyObject *args)
 #else
 #  define _cffi_f_vmm_stream_write _cffi_d_vmm_stream_write
 #endif
+
+static uint32_t _cffi_d_vmm_vcpu_counts(struct vmm_vcpu * x0, struct vmm_exit_count * x1, uint32_t x2)
+{
+  return vmm_vcpu_counts(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_vmm_vcpu_counts(PyObject *self, PyObject *args)
+{
+  struct vmm_vcpu * x0;
+  struct vmm_exit_count * x1;
+  uint32_t x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  uint32_t result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "vmm_vcpu_counts", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(58), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct vmm_vcpu *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(58), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(120), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (struct vmm_exit_count *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(120), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, uint32_t);
+  if (x2 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = vmm_vcpu_counts(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint32_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_vmm_vcpu_counts _cffi_d_vmm_vcpu_counts
+#endif
+
+static struct vmm_vcpu * _cffi_d_vmm_vcpu_create(struct vmm_vm * x0, int x1, uint32_t x2, uint64_t x3)
+{
+  return vmm_vcpu_create(x0, x1, x2, x3);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_vmm_vcpu_create(PyObject *self, PyObject *args)
+{
+  struct vmm_vm * x0;
+  int x1;
+  uint32_t x2;
+  uint64_t x3;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  struct vmm_vcpu * result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+
+  if (!PyArg_UnpackTuple(args, "vmm_vcpu_create", 4, 4, &arg0, &arg1, &arg2, &arg3))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(61), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct vmm_vm *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(61), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, int);
+  if (x1 == (int)-1 && PyErr_Occurred())
+    return NULL;
+
+  x2 = _cffi_to_c_int(arg2, uint32_t);
+  if (x2 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x3 = _cffi_to_c_int(arg3, uint64_t);
+  if (x3 == (uint64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = vmm_vcpu_create(x0, x1, x2, x3); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(58));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_vmm_vcpu_create _cffi_d_vmm_vcpu_create
+#endif
+
+static void _cffi_d_vmm_vcpu_destroy(struct vmm_vcpu * x0)
+{
+  vmm_vcpu_destroy(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_vmm_vcpu_destroy(PyObject *self, PyObject *arg0)
+{
+  struct vmm_vcpu * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(58), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct vmm_vcpu *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(58), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { vmm_vcpu_destroy(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_vmm_vcpu_destroy _cffi_d_vmm_vcpu_destroy
+#endif
+
+static int _cffi_d_vmm_vcpu_enter(struct vmm_vcpu * x0)
+{
+  return vmm_vcpu_enter(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_vmm_vcpu_enter(PyObject *self, PyObject *arg0)
+{
+  struct vmm_vcpu * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(58), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct vmm_vcpu *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(58), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = vmm_vcpu_enter(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_vmm_vcpu_enter _cffi_d_vmm_vcpu_enter
+#endif
+
+static uint64_t _cffi_d_vmm_vcpu_exits(struct vmm_vcpu * x0)
+{
+  return vmm_vcpu_exits(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_vmm_vcpu_exits(PyObject *self, PyObject *arg0)
+{
+  struct vmm_vcpu * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  uint64_t result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(58), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct vmm_vcpu *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(58), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = vmm_vcpu_exits(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint64_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_vmm_vcpu_exits _cffi_d_vmm_vcpu_exits
+#endif
+
+static uint32_t _cffi_d_vmm_vcpu_history(struct vmm_vcpu * x0, struct vmm_exit * x1, uint32_t x2)
+{
+  return vmm_vcpu_history(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_vmm_vcpu_history(PyObject *self, PyObject *args)
+{
+  struct vmm_vcpu * x0;
+  struct vmm_exit * x1;
+  uint32_t x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  uint32_t result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "vmm_vcpu_history", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(58), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct vmm_vcpu *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(58), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(115), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (struct vmm_exit *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(115), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, uint32_t);
+  if (x2 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = vmm_vcpu_history(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint32_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_vmm_vcpu_history _cffi_d_vmm_vcpu_history
+#endif
+
+static void _cffi_d_vmm_vcpu_leave(struct vmm_vcpu * x0)
+{
+  vmm_vcpu_leave(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_vmm_vcpu_leave(PyObject *self, PyObject *arg0)
+{
+  struct vmm_vcpu * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(58), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct vmm_vcpu *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(58), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { vmm_vcpu_leave(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_vmm_vcpu_leave _cffi_d_vmm_vcpu_leave
+#endif
+
+static uint32_t _cffi_d_vmm_vcpu_run(struct vmm_vcpu * x0, struct vmm_event * x1)
+{
+  return vmm_vcpu_run(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_vmm_vcpu_run(PyObject *self, PyObject *args)
+{
+  struct vmm_vcpu * x0;
+  struct vmm_event * x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  uint32_t result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "vmm_vcpu_run", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(58), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct vmm_vcpu *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(58), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(111), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (struct vmm_event *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(111), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = vmm_vcpu_run(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint32_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_vmm_vcpu_run _cffi_d_vmm_vcpu_run
+#endif
+
+static void * _cffi_d_vmm_vcpu_run_area(struct vmm_vcpu * x0)
+{
+  return vmm_vcpu_run_area(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_vmm_vcpu_run_area(PyObject *self, PyObject *arg0)
+{
+  struct vmm_vcpu * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  void * result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(58), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct vmm_vcpu *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(58), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = vmm_vcpu_run_area(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(33));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_vmm_vcpu_run_area _cffi_d_vmm_vcpu_run_area
+#endif
+
+static void _cffi_d_vmm_vm_count_exits(struct vmm_vm * x0, int x1)
+{
+  vmm_vm_count_exits(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_vmm_vm_count_exits(PyObject *self, PyObject *args)
+{
+  struct vmm_vm * x0;
+  int x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "vmm_vm_count_exits", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(61), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct vmm_vm *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(61), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, int);
+  if (x1 == (int)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { vmm_vm_count_exits(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_vmm_vm_count_exits _cffi_d_vmm_vm_count_exits
+#endif
+
+static struct vmm_vm * _cffi_d_vmm_vm_create(int x0, struct vmm_mem * x1)
+{
+  return vmm_vm_create(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_vmm_vm_create(PyObject *self, PyObject *args)
+{
+  int x0;
+  struct vmm_mem * x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  struct vmm_vm * result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "vmm_vm_create", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  x0 = _cffi_to_c_int(arg0, int);
+  if (x0 == (int)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(30), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (struct vmm_mem *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(30), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = vmm_vm_create(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(61));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_vmm_vm_create _cffi_d_vmm_vm_create
+#endif
+
+static void _cffi_d_vmm_vm_destroy(struct vmm_vm * x0)
+{
+  vmm_vm_destroy(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_vmm_vm_destroy(PyObject *self, PyObject *arg0)
+{
+  struct vmm_vm * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(61), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct vmm_vm *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(61), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { vmm_vm_destroy(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_vmm_vm_destroy _cffi_d_vmm_vm_destroy
+#endif
+
+static uint64_t _cffi_d_vmm_vm_first_run_ns(struct vmm_vm * x0)
+{
+  return vmm_vm_first_run_ns(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_vmm_vm_first_run_ns(PyObject *self, PyObject *arg0)
+{
+  struct vmm_vm * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  uint64_t result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(61), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct vmm_vm *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(61), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = vmm_vm_first_run_ns(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint64_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_vmm_vm_first_run_ns _cffi_d_vmm_vm_first_run_ns
+#endif
+
+static struct vmm_bus * _cffi_d_vmm_vm_mmio(struct vmm_vm * x0)
+{
+  return vmm_vm_mmio(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_vmm_vm_mmio(PyObject *self, PyObject *arg0)
+{
+  struct vmm_vm * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  struct vmm_bus * result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(61), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct vmm_vm *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(61), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = vmm_vm_mmio(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(10));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_vmm_vm_mmio _cffi_d_vmm_vm_mmio
+#endif
+
+static int _cffi_d_vmm_vm_pause(struct vmm_vm * x0, int x1)
+{
+  return vmm_vm_pause(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_vmm_vm_pause(PyObject *self, PyObject *args)
+{
+  struct vmm_vm * x0;
+  int x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "vmm_vm_pause", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(61), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct vmm_vm *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(61), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, int);
+  if (x1 == (int)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = vmm_vm_pause(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_vmm_vm_pause _cffi_d_vmm_vm_pause
+#endif
+
+static struct vmm_bus * _cffi_d_vmm_vm_pio(struct vmm_vm * x0)
+{
+  return vmm_vm_pio(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_vmm_vm_pio(PyObject *self, PyObject *arg0)
+{
+  struct vmm_vm * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  struct vmm_bus * result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(61), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct vmm_vm *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(61), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = vmm_vm_pio(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(10));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_vmm_vm_pio _cffi_d_vmm_vm_pio
+#endif
+
+static void _cffi_d_vmm_vm_resume(struct vmm_vm * x0)
+{
+  vmm_vm_resume(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_vmm_vm_resume(PyObject *self, PyObject *arg0)
+{
+  struct vmm_vm * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(61), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct vmm_vm *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(61), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { vmm_vm_resume(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_vmm_vm_resume _cffi_d_vmm_vm_resume
+#endif
+
+static void _cffi_d_vmm_vm_stop(struct vmm_vm * x0)
+{
+  vmm_vm_stop(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_vmm_vm_stop(PyObject *self, PyObject *arg0)
+{
+  struct vmm_vm * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(61), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct vmm_vm *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(61), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { vmm_vm_stop(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_vmm_vm_stop _cffi_d_vmm_vm_stop
+#endif
+
+static int _cffi_d_vmm_vm_stopping(struct vmm_vm * x0)
+{
+  return vmm_vm_stopping(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_vmm_vm_stopping(PyObject *self, PyObject *arg0)
+{
+  struct vmm_vm * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(61), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct vmm_vm *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(61), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = vmm_vm_stopping(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_vmm_vm_stopping _cffi_d_vmm_vm_stopping
+#endif
+
+static int _cffi_const_KVM_API_VERSION(unsigned long long *o)
+{
+  int n = (KVM_API_VERSION) <= 0;
+  *o = (unsigned long long)((KVM_API_VERSION) | 0);  /* check that KVM_API_VERSION is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_ADJUST_CLOCK(unsigned long long *o)
+{
+  int n = (KVM_CAP_ADJUST_CLOCK) <= 0;
+  *o = (unsigned long long)((KVM_CAP_ADJUST_CLOCK) | 0);  /* check that KVM_CAP_ADJUST_CLOCK is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_DIRTY_LOG_RING(unsigned long long *o)
+{
+  int n = (KVM_CAP_DIRTY_LOG_RING) <= 0;
+  *o = (unsigned long long)((KVM_CAP_DIRTY_LOG_RING) | 0);  /* check that KVM_CAP_DIRTY_LOG_RING is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_EXIT_ON_EMULATION_FAILURE(unsigned long long *o)
+{
+  int n = (KVM_CAP_EXIT_ON_EMULATION_FAILURE) <= 0;
+  *o = (unsigned long long)((KVM_CAP_EXIT_ON_EMULATION_FAILURE) | 0);  /* check that KVM_CAP_EXIT_ON_EMULATION_FAILURE is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_EXT_CPUID(unsigned long long *o)
+{
+  int n = (KVM_CAP_EXT_CPUID) <= 0;
+  *o = (unsigned long long)((KVM_CAP_EXT_CPUID) | 0);  /* check that KVM_CAP_EXT_CPUID is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_GET_TSC_KHZ(unsigned long long *o)
+{
+  int n = (KVM_CAP_GET_TSC_KHZ) <= 0;
+  *o = (unsigned long long)((KVM_CAP_GET_TSC_KHZ) | 0);  /* check that KVM_CAP_GET_TSC_KHZ is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_IMMEDIATE_EXIT(unsigned long long *o)
+{
+  int n = (KVM_CAP_IMMEDIATE_EXIT) <= 0;
+  *o = (unsigned long long)((KVM_CAP_IMMEDIATE_EXIT) | 0);  /* check that KVM_CAP_IMMEDIATE_EXIT is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_IOEVENTFD(unsigned long long *o)
+{
+  int n = (KVM_CAP_IOEVENTFD) <= 0;
+  *o = (unsigned long long)((KVM_CAP_IOEVENTFD) | 0);  /* check that KVM_CAP_IOEVENTFD is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_IOEVENTFD_ANY_LENGTH(unsigned long long *o)
+{
+  int n = (KVM_CAP_IOEVENTFD_ANY_LENGTH) <= 0;
+  *o = (unsigned long long)((KVM_CAP_IOEVENTFD_ANY_LENGTH) | 0);  /* check that KVM_CAP_IOEVENTFD_ANY_LENGTH is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_IOEVENTFD_NO_LENGTH(unsigned long long *o)
+{
+  int n = (KVM_CAP_IOEVENTFD_NO_LENGTH) <= 0;
+  *o = (unsigned long long)((KVM_CAP_IOEVENTFD_NO_LENGTH) | 0);  /* check that KVM_CAP_IOEVENTFD_NO_LENGTH is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_IRQCHIP(unsigned long long *o)
+{
+  int n = (KVM_CAP_IRQCHIP) <= 0;
+  *o = (unsigned long long)((KVM_CAP_IRQCHIP) | 0);  /* check that KVM_CAP_IRQCHIP is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_IRQFD(unsigned long long *o)
+{
+  int n = (KVM_CAP_IRQFD) <= 0;
+  *o = (unsigned long long)((KVM_CAP_IRQFD) | 0);  /* check that KVM_CAP_IRQFD is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_IRQ_ROUTING(unsigned long long *o)
+{
+  int n = (KVM_CAP_IRQ_ROUTING) <= 0;
+  *o = (unsigned long long)((KVM_CAP_IRQ_ROUTING) | 0);  /* check that KVM_CAP_IRQ_ROUTING is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_KVMCLOCK_CTRL(unsigned long long *o)
+{
+  int n = (KVM_CAP_KVMCLOCK_CTRL) <= 0;
+  *o = (unsigned long long)((KVM_CAP_KVMCLOCK_CTRL) | 0);  /* check that KVM_CAP_KVMCLOCK_CTRL is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_MAX_VCPUS(unsigned long long *o)
+{
+  int n = (KVM_CAP_MAX_VCPUS) <= 0;
+  *o = (unsigned long long)((KVM_CAP_MAX_VCPUS) | 0);  /* check that KVM_CAP_MAX_VCPUS is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_MAX_VCPU_ID(unsigned long long *o)
+{
+  int n = (KVM_CAP_MAX_VCPU_ID) <= 0;
+  *o = (unsigned long long)((KVM_CAP_MAX_VCPU_ID) | 0);  /* check that KVM_CAP_MAX_VCPU_ID is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_MP_STATE(unsigned long long *o)
+{
+  int n = (KVM_CAP_MP_STATE) <= 0;
+  *o = (unsigned long long)((KVM_CAP_MP_STATE) | 0);  /* check that KVM_CAP_MP_STATE is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_NR_MEMSLOTS(unsigned long long *o)
+{
+  int n = (KVM_CAP_NR_MEMSLOTS) <= 0;
+  *o = (unsigned long long)((KVM_CAP_NR_MEMSLOTS) | 0);  /* check that KVM_CAP_NR_MEMSLOTS is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_NR_VCPUS(unsigned long long *o)
+{
+  int n = (KVM_CAP_NR_VCPUS) <= 0;
+  *o = (unsigned long long)((KVM_CAP_NR_VCPUS) | 0);  /* check that KVM_CAP_NR_VCPUS is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_PIT2(unsigned long long *o)
+{
+  int n = (KVM_CAP_PIT2) <= 0;
+  *o = (unsigned long long)((KVM_CAP_PIT2) | 0);  /* check that KVM_CAP_PIT2 is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_READONLY_MEM(unsigned long long *o)
+{
+  int n = (KVM_CAP_READONLY_MEM) <= 0;
+  *o = (unsigned long long)((KVM_CAP_READONLY_MEM) | 0);  /* check that KVM_CAP_READONLY_MEM is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_SET_IDENTITY_MAP_ADDR(unsigned long long *o)
+{
+  int n = (KVM_CAP_SET_IDENTITY_MAP_ADDR) <= 0;
+  *o = (unsigned long long)((KVM_CAP_SET_IDENTITY_MAP_ADDR) | 0);  /* check that KVM_CAP_SET_IDENTITY_MAP_ADDR is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_SET_TSS_ADDR(unsigned long long *o)
+{
+  int n = (KVM_CAP_SET_TSS_ADDR) <= 0;
+  *o = (unsigned long long)((KVM_CAP_SET_TSS_ADDR) | 0);  /* check that KVM_CAP_SET_TSS_ADDR is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_SIGNAL_MSI(unsigned long long *o)
+{
+  int n = (KVM_CAP_SIGNAL_MSI) <= 0;
+  *o = (unsigned long long)((KVM_CAP_SIGNAL_MSI) | 0);  /* check that KVM_CAP_SIGNAL_MSI is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_SYNC_REGS(unsigned long long *o)
+{
+  int n = (KVM_CAP_SYNC_REGS) <= 0;
+  *o = (unsigned long long)((KVM_CAP_SYNC_REGS) | 0);  /* check that KVM_CAP_SYNC_REGS is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_TSC_DEADLINE_TIMER(unsigned long long *o)
+{
+  int n = (KVM_CAP_TSC_DEADLINE_TIMER) <= 0;
+  *o = (unsigned long long)((KVM_CAP_TSC_DEADLINE_TIMER) | 0);  /* check that KVM_CAP_TSC_DEADLINE_TIMER is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_USER_MEMORY(unsigned long long *o)
+{
+  int n = (KVM_CAP_USER_MEMORY) <= 0;
+  *o = (unsigned long long)((KVM_CAP_USER_MEMORY) | 0);  /* check that KVM_CAP_USER_MEMORY is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_X2APIC_API(unsigned long long *o)
+{
+  int n = (KVM_CAP_X2APIC_API) <= 0;
+  *o = (unsigned long long)((KVM_CAP_X2APIC_API) | 0);  /* check that KVM_CAP_X2APIC_API is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CAP_X86_DISABLE_EXITS(unsigned long long *o)
+{
+  int n = (KVM_CAP_X86_DISABLE_EXITS) <= 0;
+  *o = (unsigned long long)((KVM_CAP_X86_DISABLE_EXITS) | 0);  /* check that KVM_CAP_X86_DISABLE_EXITS is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CHECK_EXTENSION(unsigned long long *o)
+{
+  int n = (KVM_CHECK_EXTENSION) <= 0;
+  *o = (unsigned long long)((KVM_CHECK_EXTENSION) | 0);  /* check that KVM_CHECK_EXTENSION is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CPUID_FLAG_SIGNIFCANT_INDEX(unsigned long long *o)
+{
+  int n = (KVM_CPUID_FLAG_SIGNIFCANT_INDEX) <= 0;
+  *o = (unsigned long long)((KVM_CPUID_FLAG_SIGNIFCANT_INDEX) | 0);  /* check that KVM_CPUID_FLAG_SIGNIFCANT_INDEX is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CREATE_IRQCHIP(unsigned long long *o)
+{
+  int n = (KVM_CREATE_IRQCHIP) <= 0;
+  *o = (unsigned long long)((KVM_CREATE_IRQCHIP) | 0);  /* check that KVM_CREATE_IRQCHIP is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CREATE_PIT2(unsigned long long *o)
+{
+  int n = (KVM_CREATE_PIT2) <= 0;
+  *o = (unsigned long long)((KVM_CREATE_PIT2) | 0);  /* check that KVM_CREATE_PIT2 is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CREATE_VCPU(unsigned long long *o)
+{
+  int n = (KVM_CREATE_VCPU) <= 0;
+  *o = (unsigned long long)((KVM_CREATE_VCPU) | 0);  /* check that KVM_CREATE_VCPU is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_CREATE_VM(unsigned long long *o)
+{
+  int n = (KVM_CREATE_VM) <= 0;
+  *o = (unsigned long long)((KVM_CREATE_VM) | 0);  /* check that KVM_CREATE_VM is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_ENABLE_CAP(unsigned long long *o)
+{
+  int n = (KVM_ENABLE_CAP) <= 0;
+  *o = (unsigned long long)((KVM_ENABLE_CAP) | 0);  /* check that KVM_ENABLE_CAP is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_EXIT_DEBUG(unsigned long long *o)
+{
+  int n = (KVM_EXIT_DEBUG) <= 0;
+  *o = (unsigned long long)((KVM_EXIT_DEBUG) | 0);  /* check that KVM_EXIT_DEBUG is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_EXIT_EXCEPTION(unsigned long long *o)
+{
+  int n = (KVM_EXIT_EXCEPTION) <= 0;
+  *o = (unsigned long long)((KVM_EXIT_EXCEPTION) | 0);  /* check that KVM_EXIT_EXCEPTION is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_EXIT_FAIL_ENTRY(unsigned long long *o)
+{
+  int n = (KVM_EXIT_FAIL_ENTRY) <= 0;
+  *o = (unsigned long long)((KVM_EXIT_FAIL_ENTRY) | 0);  /* check that KVM_EXIT_FAIL_ENTRY is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_EXIT_HLT(unsigned long long *o)
+{
+  int n = (KVM_EXIT_HLT) <= 0;
+  *o = (unsigned long long)((KVM_EXIT_HLT) | 0);  /* check that KVM_EXIT_HLT is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_EXIT_HYPERCALL(unsigned long long *o)
+{
+  int n = (KVM_EXIT_HYPERCALL) <= 0;
+  *o = (unsigned long long)((KVM_EXIT_HYPERCALL) | 0);  /* check that KVM_EXIT_HYPERCALL is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_EXIT_INTERNAL_ERROR(unsigned long long *o)
+{
+  int n = (KVM_EXIT_INTERNAL_ERROR) <= 0;
+  *o = (unsigned long long)((KVM_EXIT_INTERNAL_ERROR) | 0);  /* check that KVM_EXIT_INTERNAL_ERROR is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_EXIT_INTR(unsigned long long *o)
+{
+  int n = (KVM_EXIT_INTR) <= 0;
+  *o = (unsigned long long)((KVM_EXIT_INTR) | 0);  /* check that KVM_EXIT_INTR is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_EXIT_IO(unsigned long long *o)
+{
+  int n = (KVM_EXIT_IO) <= 0;
+  *o = (unsigned long long)((KVM_EXIT_IO) | 0);  /* check that KVM_EXIT_IO is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_EXIT_IOAPIC_EOI(unsigned long long *o)
+{
+  int n = (KVM_EXIT_IOAPIC_EOI) <= 0;
+  *o = (unsigned long long)((KVM_EXIT_IOAPIC_EOI) | 0);  /* check that KVM_EXIT_IOAPIC_EOI is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_EXIT_IRQ_WINDOW_OPEN(unsigned long long *o)
+{
+  int n = (KVM_EXIT_IRQ_WINDOW_OPEN) <= 0;
+  *o = (unsigned long long)((KVM_EXIT_IRQ_WINDOW_OPEN) | 0);  /* check that KVM_EXIT_IRQ_WINDOW_OPEN is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_EXIT_MMIO(unsigned long long *o)
+{
+  int n = (KVM_EXIT_MMIO) <= 0;
+  *o = (unsigned long long)((KVM_EXIT_MMIO) | 0);  /* check that KVM_EXIT_MMIO is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_EXIT_NMI(unsigned long long *o)
+{
+  int n = (KVM_EXIT_NMI) <= 0;
+  *o = (unsigned long long)((KVM_EXIT_NMI) | 0);  /* check that KVM_EXIT_NMI is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_EXIT_SET_TPR(unsigned long long *o)
+{
+  int n = (KVM_EXIT_SET_TPR) <= 0;
+  *o = (unsigned long long)((KVM_EXIT_SET_TPR) | 0);  /* check that KVM_EXIT_SET_TPR is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_EXIT_SHUTDOWN(unsigned long long *o)
+{
+  int n = (KVM_EXIT_SHUTDOWN) <= 0;
+  *o = (unsigned long long)((KVM_EXIT_SHUTDOWN) | 0);  /* check that KVM_EXIT_SHUTDOWN is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_EXIT_SYSTEM_EVENT(unsigned long long *o)
+{
+  int n = (KVM_EXIT_SYSTEM_EVENT) <= 0;
+  *o = (unsigned long long)((KVM_EXIT_SYSTEM_EVENT) | 0);  /* check that KVM_EXIT_SYSTEM_EVENT is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_EXIT_TPR_ACCESS(unsigned long long *o)
+{
+  int n = (KVM_EXIT_TPR_ACCESS) <= 0;
+  *o = (unsigned long long)((KVM_EXIT_TPR_ACCESS) | 0);  /* check that KVM_EXIT_TPR_ACCESS is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_EXIT_UNKNOWN(unsigned long long *o)
+{
+  int n = (KVM_EXIT_UNKNOWN) <= 0;
+  *o = (unsigned long long)((KVM_EXIT_UNKNOWN) | 0);  /* check that KVM_EXIT_UNKNOWN is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_EXIT_X86_RDMSR(unsigned long long *o)
+{
+  int n = (KVM_EXIT_X86_RDMSR) <= 0;
+  *o = (unsigned long long)((KVM_EXIT_X86_RDMSR) | 0);  /* check that KVM_EXIT_X86_RDMSR is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_EXIT_X86_WRMSR(unsigned long long *o)
+{
+  int n = (KVM_EXIT_X86_WRMSR) <= 0;
+  *o = (unsigned long long)((KVM_EXIT_X86_WRMSR) | 0);  /* check that KVM_EXIT_X86_WRMSR is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_GET_API_VERSION(unsigned long long *o)
+{
+  int n = (KVM_GET_API_VERSION) <= 0;
+  *o = (unsigned long long)((KVM_GET_API_VERSION) | 0);  /* check that KVM_GET_API_VERSION is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_GET_FPU(unsigned long long *o)
+{
+  int n = (KVM_GET_FPU) <= 0;
+  *o = (unsigned long long)((KVM_GET_FPU) | 0);  /* check that KVM_GET_FPU is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_GET_LAPIC(unsigned long long *o)
+{
+  int n = (KVM_GET_LAPIC) <= 0;
+  *o = (unsigned long long)((KVM_GET_LAPIC) | 0);  /* check that KVM_GET_LAPIC is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_GET_MP_STATE(unsigned long long *o)
+{
+  int n = (KVM_GET_MP_STATE) <= 0;
+  *o = (unsigned long long)((KVM_GET_MP_STATE) | 0);  /* check that KVM_GET_MP_STATE is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_GET_MSRS(unsigned long long *o)
+{
+  int n = (KVM_GET_MSRS) <= 0;
+  *o = (unsigned long long)((KVM_GET_MSRS) | 0);  /* check that KVM_GET_MSRS is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_GET_MSR_INDEX_LIST(unsigned long long *o)
+{
+  int n = (KVM_GET_MSR_INDEX_LIST) <= 0;
+  *o = (unsigned long long)((KVM_GET_MSR_INDEX_LIST) | 0);  /* check that KVM_GET_MSR_INDEX_LIST is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_GET_REGS(unsigned long long *o)
+{
+  int n = (KVM_GET_REGS) <= 0;
+  *o = (unsigned long long)((KVM_GET_REGS) | 0);  /* check that KVM_GET_REGS is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_GET_SREGS(unsigned long long *o)
+{
+  int n = (KVM_GET_SREGS) <= 0;
+  *o = (unsigned long long)((KVM_GET_SREGS) | 0);  /* check that KVM_GET_SREGS is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_GET_SUPPORTED_CPUID(unsigned long long *o)
+{
+  int n = (KVM_GET_SUPPORTED_CPUID) <= 0;
+  *o = (unsigned long long)((KVM_GET_SUPPORTED_CPUID) | 0);  /* check that KVM_GET_SUPPORTED_CPUID is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_GET_TSC_KHZ(unsigned long long *o)
+{
+  int n = (KVM_GET_TSC_KHZ) <= 0;
+  *o = (unsigned long long)((KVM_GET_TSC_KHZ) | 0);  /* check that KVM_GET_TSC_KHZ is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_GET_VCPU_EVENTS(unsigned long long *o)
+{
+  int n = (KVM_GET_VCPU_EVENTS) <= 0;
+  *o = (unsigned long long)((KVM_GET_VCPU_EVENTS) | 0);  /* check that KVM_GET_VCPU_EVENTS is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_GET_VCPU_MMAP_SIZE(unsigned long long *o)
+{
+  int n = (KVM_GET_VCPU_MMAP_SIZE) <= 0;
+  *o = (unsigned long long)((KVM_GET_VCPU_MMAP_SIZE) | 0);  /* check that KVM_GET_VCPU_MMAP_SIZE is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_INTERNAL_ERROR_DELIVERY_EV(unsigned long long *o)
+{
+  int n = (KVM_INTERNAL_ERROR_DELIVERY_EV) <= 0;
+  *o = (unsigned long long)((KVM_INTERNAL_ERROR_DELIVERY_EV) | 0);  /* check that KVM_INTERNAL_ERROR_DELIVERY_EV is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_INTERNAL_ERROR_EMULATION(unsigned long long *o)
+{
+  int n = (KVM_INTERNAL_ERROR_EMULATION) <= 0;
+  *o = (unsigned long long)((KVM_INTERNAL_ERROR_EMULATION) | 0);  /* check that KVM_INTERNAL_ERROR_EMULATION is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_INTERNAL_ERROR_SIMUL_EX(unsigned long long *o)
+{
+  int n = (KVM_INTERNAL_ERROR_SIMUL_EX) <= 0;
+  *o = (unsigned long long)((KVM_INTERNAL_ERROR_SIMUL_EX) | 0);  /* check that KVM_INTERNAL_ERROR_SIMUL_EX is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON(unsigned long long *o)
+{
+  int n = (KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON) <= 0;
+  *o = (unsigned long long)((KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON) | 0);  /* check that KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_IOEVENTFD(unsigned long long *o)
+{
+  int n = (KVM_IOEVENTFD) <= 0;
+  *o = (unsigned long long)((KVM_IOEVENTFD) | 0);  /* check that KVM_IOEVENTFD is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_IOEVENTFD_FLAG_DATAMATCH(unsigned long long *o)
+{
+  int n = (KVM_IOEVENTFD_FLAG_DATAMATCH) <= 0;
+  *o = (unsigned long long)((KVM_IOEVENTFD_FLAG_DATAMATCH) | 0);  /* check that KVM_IOEVENTFD_FLAG_DATAMATCH is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_IOEVENTFD_FLAG_DEASSIGN(unsigned long long *o)
+{
+  int n = (KVM_IOEVENTFD_FLAG_DEASSIGN) <= 0;
+  *o = (unsigned long long)((KVM_IOEVENTFD_FLAG_DEASSIGN) | 0);  /* check that KVM_IOEVENTFD_FLAG_DEASSIGN is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_IOEVENTFD_FLAG_PIO(unsigned long long *o)
+{
+  int n = (KVM_IOEVENTFD_FLAG_PIO) <= 0;
+  *o = (unsigned long long)((KVM_IOEVENTFD_FLAG_PIO) | 0);  /* check that KVM_IOEVENTFD_FLAG_PIO is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_IRQCHIP_IOAPIC(unsigned long long *o)
+{
+  int n = (KVM_IRQCHIP_IOAPIC) <= 0;
+  *o = (unsigned long long)((KVM_IRQCHIP_IOAPIC) | 0);  /* check that KVM_IRQCHIP_IOAPIC is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_IRQCHIP_PIC_MASTER(unsigned long long *o)
+{
+  int n = (KVM_IRQCHIP_PIC_MASTER) <= 0;
+  *o = (unsigned long long)((KVM_IRQCHIP_PIC_MASTER) | 0);  /* check that KVM_IRQCHIP_PIC_MASTER is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_IRQCHIP_PIC_SLAVE(unsigned long long *o)
+{
+  int n = (KVM_IRQCHIP_PIC_SLAVE) <= 0;
+  *o = (unsigned long long)((KVM_IRQCHIP_PIC_SLAVE) | 0);  /* check that KVM_IRQCHIP_PIC_SLAVE is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_IRQFD(unsigned long long *o)
+{
+  int n = (KVM_IRQFD) <= 0;
+  *o = (unsigned long long)((KVM_IRQFD) | 0);  /* check that KVM_IRQFD is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_IRQFD_FLAG_DEASSIGN(unsigned long long *o)
+{
+  int n = (KVM_IRQFD_FLAG_DEASSIGN) <= 0;
+  *o = (unsigned long long)((KVM_IRQFD_FLAG_DEASSIGN) | 0);  /* check that KVM_IRQFD_FLAG_DEASSIGN is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_IRQ_LINE(unsigned long long *o)
+{
+  int n = (KVM_IRQ_LINE) <= 0;
+  *o = (unsigned long long)((KVM_IRQ_LINE) | 0);  /* check that KVM_IRQ_LINE is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_IRQ_ROUTING_IRQCHIP(unsigned long long *o)
+{
+  int n = (KVM_IRQ_ROUTING_IRQCHIP) <= 0;
+  *o = (unsigned long long)((KVM_IRQ_ROUTING_IRQCHIP) | 0);  /* check that KVM_IRQ_ROUTING_IRQCHIP is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_IRQ_ROUTING_MSI(unsigned long long *o)
+{
+  int n = (KVM_IRQ_ROUTING_MSI) <= 0;
+  *o = (unsigned long long)((KVM_IRQ_ROUTING_MSI) | 0);  /* check that KVM_IRQ_ROUTING_MSI is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_KVMCLOCK_CTRL(unsigned long long *o)
+{
+  int n = (KVM_KVMCLOCK_CTRL) <= 0;
+  *o = (unsigned long long)((KVM_KVMCLOCK_CTRL) | 0);  /* check that KVM_KVMCLOCK_CTRL is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_MEM_READONLY(unsigned long long *o)
+{
+  int n = (KVM_MEM_READONLY) <= 0;
+  *o = (unsigned long long)((KVM_MEM_READONLY) | 0);  /* check that KVM_MEM_READONLY is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_MP_STATE_HALTED(unsigned long long *o)
+{
+  int n = (KVM_MP_STATE_HALTED) <= 0;
+  *o = (unsigned long long)((KVM_MP_STATE_HALTED) | 0);  /* check that KVM_MP_STATE_HALTED is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_MP_STATE_INIT_RECEIVED(unsigned long long *o)
+{
+  int n = (KVM_MP_STATE_INIT_RECEIVED) <= 0;
+  *o = (unsigned long long)((KVM_MP_STATE_INIT_RECEIVED) | 0);  /* check that KVM_MP_STATE_INIT_RECEIVED is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_MP_STATE_RUNNABLE(unsigned long long *o)
+{
+  int n = (KVM_MP_STATE_RUNNABLE) <= 0;
+  *o = (unsigned long long)((KVM_MP_STATE_RUNNABLE) | 0);  /* check that KVM_MP_STATE_RUNNABLE is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_MP_STATE_SIPI_RECEIVED(unsigned long long *o)
+{
+  int n = (KVM_MP_STATE_SIPI_RECEIVED) <= 0;
+  *o = (unsigned long long)((KVM_MP_STATE_SIPI_RECEIVED) | 0);  /* check that KVM_MP_STATE_SIPI_RECEIVED is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_MP_STATE_UNINITIALIZED(unsigned long long *o)
+{
+  int n = (KVM_MP_STATE_UNINITIALIZED) <= 0;
+  *o = (unsigned long long)((KVM_MP_STATE_UNINITIALIZED) | 0);  /* check that KVM_MP_STATE_UNINITIALIZED is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_NMI(unsigned long long *o)
+{
+  int n = (KVM_NMI) <= 0;
+  *o = (unsigned long long)((KVM_NMI) | 0);  /* check that KVM_NMI is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_PIT_SPEAKER_DUMMY(unsigned long long *o)
+{
+  int n = (KVM_PIT_SPEAKER_DUMMY) <= 0;
+  *o = (unsigned long long)((KVM_PIT_SPEAKER_DUMMY) | 0);  /* check that KVM_PIT_SPEAKER_DUMMY is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_RUN(unsigned long long *o)
+{
+  int n = (KVM_RUN) <= 0;
+  *o = (unsigned long long)((KVM_RUN) | 0);  /* check that KVM_RUN is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_SET_CPUID2(unsigned long long *o)
+{
+  int n = (KVM_SET_CPUID2) <= 0;
+  *o = (unsigned long long)((KVM_SET_CPUID2) | 0);  /* check that KVM_SET_CPUID2 is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_SET_FPU(unsigned long long *o)
+{
+  int n = (KVM_SET_FPU) <= 0;
+  *o = (unsigned long long)((KVM_SET_FPU) | 0);  /* check that KVM_SET_FPU is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_SET_GSI_ROUTING(unsigned long long *o)
+{
+  int n = (KVM_SET_GSI_ROUTING) <= 0;
+  *o = (unsigned long long)((KVM_SET_GSI_ROUTING) | 0);  /* check that KVM_SET_GSI_ROUTING is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_SET_IDENTITY_MAP_ADDR(unsigned long long *o)
+{
+  int n = (KVM_SET_IDENTITY_MAP_ADDR) <= 0;
+  *o = (unsigned long long)((KVM_SET_IDENTITY_MAP_ADDR) | 0);  /* check that KVM_SET_IDENTITY_MAP_ADDR is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_SET_LAPIC(unsigned long long *o)
+{
+  int n = (KVM_SET_LAPIC) <= 0;
+  *o = (unsigned long long)((KVM_SET_LAPIC) | 0);  /* check that KVM_SET_LAPIC is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_SET_MP_STATE(unsigned long long *o)
+{
+  int n = (KVM_SET_MP_STATE) <= 0;
+  *o = (unsigned long long)((KVM_SET_MP_STATE) | 0);  /* check that KVM_SET_MP_STATE is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_SET_MSRS(unsigned long long *o)
+{
+  int n = (KVM_SET_MSRS) <= 0;
+  *o = (unsigned long long)((KVM_SET_MSRS) | 0);  /* check that KVM_SET_MSRS is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_SET_REGS(unsigned long long *o)
+{
+  int n = (KVM_SET_REGS) <= 0;
+  *o = (unsigned long long)((KVM_SET_REGS) | 0);  /* check that KVM_SET_REGS is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_SET_SREGS(unsigned long long *o)
+{
+  int n = (KVM_SET_SREGS) <= 0;
+  *o = (unsigned long long)((KVM_SET_SREGS) | 0);  /* check that KVM_SET_SREGS is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_SET_TSS_ADDR(unsigned long long *o)
+{
+  int n = (KVM_SET_TSS_ADDR) <= 0;
+  *o = (unsigned long long)((KVM_SET_TSS_ADDR) | 0);  /* check that KVM_SET_TSS_ADDR is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_SET_USER_MEMORY_REGION(unsigned long long *o)
+{
+  int n = (KVM_SET_USER_MEMORY_REGION) <= 0;
+  *o = (unsigned long long)((KVM_SET_USER_MEMORY_REGION) | 0);  /* check that KVM_SET_USER_MEMORY_REGION is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_SIGNAL_MSI(unsigned long long *o)
+{
+  int n = (KVM_SIGNAL_MSI) <= 0;
+  *o = (unsigned long long)((KVM_SIGNAL_MSI) | 0);  /* check that KVM_SIGNAL_MSI is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_SYSTEM_EVENT_CRASH(unsigned long long *o)
+{
+  int n = (KVM_SYSTEM_EVENT_CRASH) <= 0;
+  *o = (unsigned long long)((KVM_SYSTEM_EVENT_CRASH) | 0);  /* check that KVM_SYSTEM_EVENT_CRASH is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_SYSTEM_EVENT_RESET(unsigned long long *o)
+{
+  int n = (KVM_SYSTEM_EVENT_RESET) <= 0;
+  *o = (unsigned long long)((KVM_SYSTEM_EVENT_RESET) | 0);  /* check that KVM_SYSTEM_EVENT_RESET is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_SYSTEM_EVENT_SHUTDOWN(unsigned long long *o)
+{
+  int n = (KVM_SYSTEM_EVENT_SHUTDOWN) <= 0;
+  *o = (unsigned long long)((KVM_SYSTEM_EVENT_SHUTDOWN) | 0);  /* check that KVM_SYSTEM_EVENT_SHUTDOWN is an integer */
+  return n;
+}
+
+static int _cffi_const_KVM_TRANSLATE(unsigned long long *o)
+{
+  int n = (KVM_TRANSLATE) <= 0;
+  *o = (unsigned long long)((KVM_TRANSLATE) | 0);  /* check that KVM_TRANSLATE is an integer */
+  return n;
+}
 
 static int _cffi_const_MADV_DONTDUMP(unsigned long long *o)
 {
@@ -2235,81 +4062,939 @@ static int _cffi_const_MADV_POPULATE_WRITE(unsigned long long *o)
   return n;
 }
 
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_kvm_cpuid2(struct kvm_cpuid2 *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->nent) | 0);  /* check that 'struct kvm_cpuid2.nent' is an integer */
+  { struct kvm_cpuid_entry2 *tmp = &p->entries[0]; (void)tmp; }
+}
+struct _cffi_align_struct_kvm_cpuid2 { char x; struct kvm_cpuid2 y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_kvm_cpuid_entry2(struct kvm_cpuid_entry2 *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->function) | 0);  /* check that 'struct kvm_cpuid_entry2.function' is an integer */
+  (void)((p->index) | 0);  /* check that 'struct kvm_cpuid_entry2.index' is an integer */
+  (void)((p->flags) | 0);  /* check that 'struct kvm_cpuid_entry2.flags' is an integer */
+  (void)((p->eax) | 0);  /* check that 'struct kvm_cpuid_entry2.eax' is an integer */
+  (void)((p->ebx) | 0);  /* check that 'struct kvm_cpuid_entry2.ebx' is an integer */
+  (void)((p->ecx) | 0);  /* check that 'struct kvm_cpuid_entry2.ecx' is an integer */
+  (void)((p->edx) | 0);  /* check that 'struct kvm_cpuid_entry2.edx' is an integer */
+}
+struct _cffi_align_struct_kvm_cpuid_entry2 { char x; struct kvm_cpuid_entry2 y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_kvm_dtable(struct kvm_dtable *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->base) | 0);  /* check that 'struct kvm_dtable.base' is an integer */
+  (void)((p->limit) | 0);  /* check that 'struct kvm_dtable.limit' is an integer */
+}
+struct _cffi_align_struct_kvm_dtable { char x; struct kvm_dtable y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_kvm_fpu(struct kvm_fpu *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->fcw) | 0);  /* check that 'struct kvm_fpu.fcw' is an integer */
+  (void)((p->mxcsr) | 0);  /* check that 'struct kvm_fpu.mxcsr' is an integer */
+}
+struct _cffi_align_struct_kvm_fpu { char x; struct kvm_fpu y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_kvm_ioeventfd(struct kvm_ioeventfd *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->datamatch) | 0);  /* check that 'struct kvm_ioeventfd.datamatch' is an integer */
+  (void)((p->addr) | 0);  /* check that 'struct kvm_ioeventfd.addr' is an integer */
+  (void)((p->len) | 0);  /* check that 'struct kvm_ioeventfd.len' is an integer */
+  (void)((p->fd) | 0);  /* check that 'struct kvm_ioeventfd.fd' is an integer */
+  (void)((p->flags) | 0);  /* check that 'struct kvm_ioeventfd.flags' is an integer */
+}
+struct _cffi_align_struct_kvm_ioeventfd { char x; struct kvm_ioeventfd y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_kvm_irq_level(struct kvm_irq_level *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->irq) | 0);  /* check that 'struct kvm_irq_level.irq' is an integer */
+  (void)((p->level) | 0);  /* check that 'struct kvm_irq_level.level' is an integer */
+}
+struct _cffi_align_struct_kvm_irq_level { char x; struct kvm_irq_level y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_kvm_irqfd(struct kvm_irqfd *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->fd) | 0);  /* check that 'struct kvm_irqfd.fd' is an integer */
+  (void)((p->gsi) | 0);  /* check that 'struct kvm_irqfd.gsi' is an integer */
+  (void)((p->flags) | 0);  /* check that 'struct kvm_irqfd.flags' is an integer */
+  (void)((p->resamplefd) | 0);  /* check that 'struct kvm_irqfd.resamplefd' is an integer */
+}
+struct _cffi_align_struct_kvm_irqfd { char x; struct kvm_irqfd y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_kvm_lapic_state(struct kvm_lapic_state *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  { char(*tmp)[1024] = &p->regs; (void)tmp; }
+}
+struct _cffi_align_struct_kvm_lapic_state { char x; struct kvm_lapic_state y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_kvm_mp_state(struct kvm_mp_state *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->mp_state) | 0);  /* check that 'struct kvm_mp_state.mp_state' is an integer */
+}
+struct _cffi_align_struct_kvm_mp_state { char x; struct kvm_mp_state y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_kvm_msi(struct kvm_msi *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->address_lo) | 0);  /* check that 'struct kvm_msi.address_lo' is an integer */
+  (void)((p->address_hi) | 0);  /* check that 'struct kvm_msi.address_hi' is an integer */
+  (void)((p->data) | 0);  /* check that 'struct kvm_msi.data' is an integer */
+  (void)((p->flags) | 0);  /* check that 'struct kvm_msi.flags' is an integer */
+}
+struct _cffi_align_struct_kvm_msi { char x; struct kvm_msi y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_kvm_msr_entry(struct kvm_msr_entry *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->index) | 0);  /* check that 'struct kvm_msr_entry.index' is an integer */
+  (void)((p->data) | 0);  /* check that 'struct kvm_msr_entry.data' is an integer */
+}
+struct _cffi_align_struct_kvm_msr_entry { char x; struct kvm_msr_entry y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_kvm_msr_list(struct kvm_msr_list *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->nmsrs) | 0);  /* check that 'struct kvm_msr_list.nmsrs' is an integer */
+  { uint32_t *tmp = &p->indices[0]; (void)tmp; }
+}
+struct _cffi_align_struct_kvm_msr_list { char x; struct kvm_msr_list y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_kvm_msrs(struct kvm_msrs *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->nmsrs) | 0);  /* check that 'struct kvm_msrs.nmsrs' is an integer */
+  { struct kvm_msr_entry *tmp = &p->entries[0]; (void)tmp; }
+}
+struct _cffi_align_struct_kvm_msrs { char x; struct kvm_msrs y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_kvm_pit_config(struct kvm_pit_config *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->flags) | 0);  /* check that 'struct kvm_pit_config.flags' is an integer */
+}
+struct _cffi_align_struct_kvm_pit_config { char x; struct kvm_pit_config y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_kvm_regs(struct kvm_regs *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->rax) | 0);  /* check that 'struct kvm_regs.rax' is an integer */
+  (void)((p->rbx) | 0);  /* check that 'struct kvm_regs.rbx' is an integer */
+  (void)((p->rcx) | 0);  /* check that 'struct kvm_regs.rcx' is an integer */
+  (void)((p->rdx) | 0);  /* check that 'struct kvm_regs.rdx' is an integer */
+  (void)((p->rsi) | 0);  /* check that 'struct kvm_regs.rsi' is an integer */
+  (void)((p->rdi) | 0);  /* check that 'struct kvm_regs.rdi' is an integer */
+  (void)((p->rsp) | 0);  /* check that 'struct kvm_regs.rsp' is an integer */
+  (void)((p->rbp) | 0);  /* check that 'struct kvm_regs.rbp' is an integer */
+  (void)((p->r8) | 0);  /* check that 'struct kvm_regs.r8' is an integer */
+  (void)((p->r9) | 0);  /* check that 'struct kvm_regs.r9' is an integer */
+  (void)((p->r10) | 0);  /* check that 'struct kvm_regs.r10' is an integer */
+  (void)((p->r11) | 0);  /* check that 'struct kvm_regs.r11' is an integer */
+  (void)((p->r12) | 0);  /* check that 'struct kvm_regs.r12' is an integer */
+  (void)((p->r13) | 0);  /* check that 'struct kvm_regs.r13' is an integer */
+  (void)((p->r14) | 0);  /* check that 'struct kvm_regs.r14' is an integer */
+  (void)((p->r15) | 0);  /* check that 'struct kvm_regs.r15' is an integer */
+  (void)((p->rip) | 0);  /* check that 'struct kvm_regs.rip' is an integer */
+  (void)((p->rflags) | 0);  /* check that 'struct kvm_regs.rflags' is an integer */
+}
+struct _cffi_align_struct_kvm_regs { char x; struct kvm_regs y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_kvm_segment(struct kvm_segment *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->base) | 0);  /* check that 'struct kvm_segment.base' is an integer */
+  (void)((p->limit) | 0);  /* check that 'struct kvm_segment.limit' is an integer */
+  (void)((p->selector) | 0);  /* check that 'struct kvm_segment.selector' is an integer */
+  (void)((p->type) | 0);  /* check that 'struct kvm_segment.type' is an integer */
+  (void)((p->present) | 0);  /* check that 'struct kvm_segment.present' is an integer */
+  (void)((p->dpl) | 0);  /* check that 'struct kvm_segment.dpl' is an integer */
+  (void)((p->db) | 0);  /* check that 'struct kvm_segment.db' is an integer */
+  (void)((p->s) | 0);  /* check that 'struct kvm_segment.s' is an integer */
+  (void)((p->l) | 0);  /* check that 'struct kvm_segment.l' is an integer */
+  (void)((p->g) | 0);  /* check that 'struct kvm_segment.g' is an integer */
+  (void)((p->avl) | 0);  /* check that 'struct kvm_segment.avl' is an integer */
+  (void)((p->unusable) | 0);  /* check that 'struct kvm_segment.unusable' is an integer */
+}
+struct _cffi_align_struct_kvm_segment { char x; struct kvm_segment y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_kvm_sregs(struct kvm_sregs *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  { struct kvm_segment *tmp = &p->cs; (void)tmp; }
+  { struct kvm_segment *tmp = &p->ds; (void)tmp; }
+  { struct kvm_segment *tmp = &p->es; (void)tmp; }
+  { struct kvm_segment *tmp = &p->fs; (void)tmp; }
+  { struct kvm_segment *tmp = &p->gs; (void)tmp; }
+  { struct kvm_segment *tmp = &p->ss; (void)tmp; }
+  { struct kvm_segment *tmp = &p->tr; (void)tmp; }
+  { struct kvm_segment *tmp = &p->ldt; (void)tmp; }
+  { struct kvm_dtable *tmp = &p->gdt; (void)tmp; }
+  { struct kvm_dtable *tmp = &p->idt; (void)tmp; }
+  (void)((p->cr0) | 0);  /* check that 'struct kvm_sregs.cr0' is an integer */
+  (void)((p->cr2) | 0);  /* check that 'struct kvm_sregs.cr2' is an integer */
+  (void)((p->cr3) | 0);  /* check that 'struct kvm_sregs.cr3' is an integer */
+  (void)((p->cr4) | 0);  /* check that 'struct kvm_sregs.cr4' is an integer */
+  (void)((p->cr8) | 0);  /* check that 'struct kvm_sregs.cr8' is an integer */
+  (void)((p->efer) | 0);  /* check that 'struct kvm_sregs.efer' is an integer */
+  (void)((p->apic_base) | 0);  /* check that 'struct kvm_sregs.apic_base' is an integer */
+}
+struct _cffi_align_struct_kvm_sregs { char x; struct kvm_sregs y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_kvm_translation(struct kvm_translation *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->linear_address) | 0);  /* check that 'struct kvm_translation.linear_address' is an integer */
+  (void)((p->physical_address) | 0);  /* check that 'struct kvm_translation.physical_address' is an integer */
+  (void)((p->valid) | 0);  /* check that 'struct kvm_translation.valid' is an integer */
+  (void)((p->writeable) | 0);  /* check that 'struct kvm_translation.writeable' is an integer */
+  (void)((p->usermode) | 0);  /* check that 'struct kvm_translation.usermode' is an integer */
+}
+struct _cffi_align_struct_kvm_translation { char x; struct kvm_translation y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_kvm_userspace_memory_region(struct kvm_userspace_memory_region *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->slot) | 0);  /* check that 'struct kvm_userspace_memory_region.slot' is an integer */
+  (void)((p->flags) | 0);  /* check that 'struct kvm_userspace_memory_region.flags' is an integer */
+  (void)((p->guest_phys_addr) | 0);  /* check that 'struct kvm_userspace_memory_region.guest_phys_addr' is an integer */
+  (void)((p->memory_size) | 0);  /* check that 'struct kvm_userspace_memory_region.memory_size' is an integer */
+  (void)((p->userspace_addr) | 0);  /* check that 'struct kvm_userspace_memory_region.userspace_addr' is an integer */
+}
+struct _cffi_align_struct_kvm_userspace_memory_region { char x; struct kvm_userspace_memory_region y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_vmm_event(struct vmm_event *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->kind) | 0);  /* check that 'struct vmm_event.kind' is an integer */
+  (void)((p->vcpu) | 0);  /* check that 'struct vmm_event.vcpu' is an integer */
+  (void)((p->addr) | 0);  /* check that 'struct vmm_event.addr' is an integer */
+  (void)((p->size) | 0);  /* check that 'struct vmm_event.size' is an integer */
+  (void)((p->is_write) | 0);  /* check that 'struct vmm_event.is_write' is an integer */
+  (void)((p->data) | 0);  /* check that 'struct vmm_event.data' is an integer */
+  { uint64_t(*tmp)[8] = &p->extra; (void)tmp; }
+}
+struct _cffi_align_struct_vmm_event { char x; struct vmm_event y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_vmm_exit(struct vmm_exit *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->reason) | 0);  /* check that 'struct vmm_exit.reason' is an integer */
+  (void)((p->size) | 0);  /* check that 'struct vmm_exit.size' is an integer */
+  (void)((p->addr) | 0);  /* check that 'struct vmm_exit.addr' is an integer */
+  (void)((p->data) | 0);  /* check that 'struct vmm_exit.data' is an integer */
+  (void)((p->is_write) | 0);  /* check that 'struct vmm_exit.is_write' is an integer */
+  (void)((p->cold) | 0);  /* check that 'struct vmm_exit.cold' is an integer */
+}
+struct _cffi_align_struct_vmm_exit { char x; struct vmm_exit y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_vmm_exit_count(struct vmm_exit_count *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->reason) | 0);  /* check that 'struct vmm_exit_count.reason' is an integer */
+  (void)((p->is_write) | 0);  /* check that 'struct vmm_exit_count.is_write' is an integer */
+  (void)((p->addr) | 0);  /* check that 'struct vmm_exit_count.addr' is an integer */
+  (void)((p->count) | 0);  /* check that 'struct vmm_exit_count.count' is an integer */
+  (void)((p->cold) | 0);  /* check that 'struct vmm_exit_count.cold' is an integer */
+}
+struct _cffi_align_struct_vmm_exit_count { char x; struct vmm_exit_count y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_vmm_route(struct vmm_route *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->gsi) | 0);  /* check that 'struct vmm_route.gsi' is an integer */
+  (void)((p->msi) | 0);  /* check that 'struct vmm_route.msi' is an integer */
+  (void)((p->chip) | 0);  /* check that 'struct vmm_route.chip' is an integer */
+  (void)((p->pin) | 0);  /* check that 'struct vmm_route.pin' is an integer */
+  (void)((p->address) | 0);  /* check that 'struct vmm_route.address' is an integer */
+  (void)((p->data) | 0);  /* check that 'struct vmm_route.data' is an integer */
+  (void)((p->pad) | 0);  /* check that 'struct vmm_route.pad' is an integer */
+}
+struct _cffi_align_struct_vmm_route { char x; struct vmm_route y; };
+
 static const struct _cffi_global_s _cffi_globals[] = {
+  { "KVM_API_VERSION", (void *)_cffi_const_KVM_API_VERSION, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_ADJUST_CLOCK", (void *)_cffi_const_KVM_CAP_ADJUST_CLOCK, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_DIRTY_LOG_RING", (void *)_cffi_const_KVM_CAP_DIRTY_LOG_RING, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_EXIT_ON_EMULATION_FAILURE", (void *)_cffi_const_KVM_CAP_EXIT_ON_EMULATION_FAILURE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_EXT_CPUID", (void *)_cffi_const_KVM_CAP_EXT_CPUID, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_GET_TSC_KHZ", (void *)_cffi_const_KVM_CAP_GET_TSC_KHZ, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_IMMEDIATE_EXIT", (void *)_cffi_const_KVM_CAP_IMMEDIATE_EXIT, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_IOEVENTFD", (void *)_cffi_const_KVM_CAP_IOEVENTFD, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_IOEVENTFD_ANY_LENGTH", (void *)_cffi_const_KVM_CAP_IOEVENTFD_ANY_LENGTH, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_IOEVENTFD_NO_LENGTH", (void *)_cffi_const_KVM_CAP_IOEVENTFD_NO_LENGTH, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_IRQCHIP", (void *)_cffi_const_KVM_CAP_IRQCHIP, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_IRQFD", (void *)_cffi_const_KVM_CAP_IRQFD, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_IRQ_ROUTING", (void *)_cffi_const_KVM_CAP_IRQ_ROUTING, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_KVMCLOCK_CTRL", (void *)_cffi_const_KVM_CAP_KVMCLOCK_CTRL, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_MAX_VCPUS", (void *)_cffi_const_KVM_CAP_MAX_VCPUS, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_MAX_VCPU_ID", (void *)_cffi_const_KVM_CAP_MAX_VCPU_ID, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_MP_STATE", (void *)_cffi_const_KVM_CAP_MP_STATE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_NR_MEMSLOTS", (void *)_cffi_const_KVM_CAP_NR_MEMSLOTS, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_NR_VCPUS", (void *)_cffi_const_KVM_CAP_NR_VCPUS, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_PIT2", (void *)_cffi_const_KVM_CAP_PIT2, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_READONLY_MEM", (void *)_cffi_const_KVM_CAP_READONLY_MEM, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_SET_IDENTITY_MAP_ADDR", (void *)_cffi_const_KVM_CAP_SET_IDENTITY_MAP_ADDR, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_SET_TSS_ADDR", (void *)_cffi_const_KVM_CAP_SET_TSS_ADDR, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_SIGNAL_MSI", (void *)_cffi_const_KVM_CAP_SIGNAL_MSI, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_SYNC_REGS", (void *)_cffi_const_KVM_CAP_SYNC_REGS, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_TSC_DEADLINE_TIMER", (void *)_cffi_const_KVM_CAP_TSC_DEADLINE_TIMER, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_USER_MEMORY", (void *)_cffi_const_KVM_CAP_USER_MEMORY, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_X2APIC_API", (void *)_cffi_const_KVM_CAP_X2APIC_API, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CAP_X86_DISABLE_EXITS", (void *)_cffi_const_KVM_CAP_X86_DISABLE_EXITS, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CHECK_EXTENSION", (void *)_cffi_const_KVM_CHECK_EXTENSION, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CPUID_FLAG_SIGNIFCANT_INDEX", (void *)_cffi_const_KVM_CPUID_FLAG_SIGNIFCANT_INDEX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CREATE_IRQCHIP", (void *)_cffi_const_KVM_CREATE_IRQCHIP, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CREATE_PIT2", (void *)_cffi_const_KVM_CREATE_PIT2, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CREATE_VCPU", (void *)_cffi_const_KVM_CREATE_VCPU, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_CREATE_VM", (void *)_cffi_const_KVM_CREATE_VM, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_ENABLE_CAP", (void *)_cffi_const_KVM_ENABLE_CAP, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_EXIT_DEBUG", (void *)_cffi_const_KVM_EXIT_DEBUG, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_EXIT_EXCEPTION", (void *)_cffi_const_KVM_EXIT_EXCEPTION, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_EXIT_FAIL_ENTRY", (void *)_cffi_const_KVM_EXIT_FAIL_ENTRY, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_EXIT_HLT", (void *)_cffi_const_KVM_EXIT_HLT, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_EXIT_HYPERCALL", (void *)_cffi_const_KVM_EXIT_HYPERCALL, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_EXIT_INTERNAL_ERROR", (void *)_cffi_const_KVM_EXIT_INTERNAL_ERROR, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_EXIT_INTR", (void *)_cffi_const_KVM_EXIT_INTR, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_EXIT_IO", (void *)_cffi_const_KVM_EXIT_IO, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_EXIT_IOAPIC_EOI", (void *)_cffi_const_KVM_EXIT_IOAPIC_EOI, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_EXIT_IRQ_WINDOW_OPEN", (void *)_cffi_const_KVM_EXIT_IRQ_WINDOW_OPEN, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_EXIT_MMIO", (void *)_cffi_const_KVM_EXIT_MMIO, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_EXIT_NMI", (void *)_cffi_const_KVM_EXIT_NMI, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_EXIT_SET_TPR", (void *)_cffi_const_KVM_EXIT_SET_TPR, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_EXIT_SHUTDOWN", (void *)_cffi_const_KVM_EXIT_SHUTDOWN, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_EXIT_SYSTEM_EVENT", (void *)_cffi_const_KVM_EXIT_SYSTEM_EVENT, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_EXIT_TPR_ACCESS", (void *)_cffi_const_KVM_EXIT_TPR_ACCESS, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_EXIT_UNKNOWN", (void *)_cffi_const_KVM_EXIT_UNKNOWN, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_EXIT_X86_RDMSR", (void *)_cffi_const_KVM_EXIT_X86_RDMSR, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_EXIT_X86_WRMSR", (void *)_cffi_const_KVM_EXIT_X86_WRMSR, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_GET_API_VERSION", (void *)_cffi_const_KVM_GET_API_VERSION, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_GET_FPU", (void *)_cffi_const_KVM_GET_FPU, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_GET_LAPIC", (void *)_cffi_const_KVM_GET_LAPIC, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_GET_MP_STATE", (void *)_cffi_const_KVM_GET_MP_STATE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_GET_MSRS", (void *)_cffi_const_KVM_GET_MSRS, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_GET_MSR_INDEX_LIST", (void *)_cffi_const_KVM_GET_MSR_INDEX_LIST, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_GET_REGS", (void *)_cffi_const_KVM_GET_REGS, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_GET_SREGS", (void *)_cffi_const_KVM_GET_SREGS, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_GET_SUPPORTED_CPUID", (void *)_cffi_const_KVM_GET_SUPPORTED_CPUID, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_GET_TSC_KHZ", (void *)_cffi_const_KVM_GET_TSC_KHZ, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_GET_VCPU_EVENTS", (void *)_cffi_const_KVM_GET_VCPU_EVENTS, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_GET_VCPU_MMAP_SIZE", (void *)_cffi_const_KVM_GET_VCPU_MMAP_SIZE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_INTERNAL_ERROR_DELIVERY_EV", (void *)_cffi_const_KVM_INTERNAL_ERROR_DELIVERY_EV, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_INTERNAL_ERROR_EMULATION", (void *)_cffi_const_KVM_INTERNAL_ERROR_EMULATION, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_INTERNAL_ERROR_SIMUL_EX", (void *)_cffi_const_KVM_INTERNAL_ERROR_SIMUL_EX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON", (void *)_cffi_const_KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_IOEVENTFD", (void *)_cffi_const_KVM_IOEVENTFD, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_IOEVENTFD_FLAG_DATAMATCH", (void *)_cffi_const_KVM_IOEVENTFD_FLAG_DATAMATCH, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_IOEVENTFD_FLAG_DEASSIGN", (void *)_cffi_const_KVM_IOEVENTFD_FLAG_DEASSIGN, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_IOEVENTFD_FLAG_PIO", (void *)_cffi_const_KVM_IOEVENTFD_FLAG_PIO, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_IRQCHIP_IOAPIC", (void *)_cffi_const_KVM_IRQCHIP_IOAPIC, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_IRQCHIP_PIC_MASTER", (void *)_cffi_const_KVM_IRQCHIP_PIC_MASTER, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_IRQCHIP_PIC_SLAVE", (void *)_cffi_const_KVM_IRQCHIP_PIC_SLAVE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_IRQFD", (void *)_cffi_const_KVM_IRQFD, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_IRQFD_FLAG_DEASSIGN", (void *)_cffi_const_KVM_IRQFD_FLAG_DEASSIGN, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_IRQ_LINE", (void *)_cffi_const_KVM_IRQ_LINE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_IRQ_ROUTING_IRQCHIP", (void *)_cffi_const_KVM_IRQ_ROUTING_IRQCHIP, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_IRQ_ROUTING_MSI", (void *)_cffi_const_KVM_IRQ_ROUTING_MSI, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_KVMCLOCK_CTRL", (void *)_cffi_const_KVM_KVMCLOCK_CTRL, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_MEM_READONLY", (void *)_cffi_const_KVM_MEM_READONLY, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_MP_STATE_HALTED", (void *)_cffi_const_KVM_MP_STATE_HALTED, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_MP_STATE_INIT_RECEIVED", (void *)_cffi_const_KVM_MP_STATE_INIT_RECEIVED, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_MP_STATE_RUNNABLE", (void *)_cffi_const_KVM_MP_STATE_RUNNABLE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_MP_STATE_SIPI_RECEIVED", (void *)_cffi_const_KVM_MP_STATE_SIPI_RECEIVED, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_MP_STATE_UNINITIALIZED", (void *)_cffi_const_KVM_MP_STATE_UNINITIALIZED, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_NMI", (void *)_cffi_const_KVM_NMI, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_PIT_SPEAKER_DUMMY", (void *)_cffi_const_KVM_PIT_SPEAKER_DUMMY, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_RUN", (void *)_cffi_const_KVM_RUN, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_SET_CPUID2", (void *)_cffi_const_KVM_SET_CPUID2, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_SET_FPU", (void *)_cffi_const_KVM_SET_FPU, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_SET_GSI_ROUTING", (void *)_cffi_const_KVM_SET_GSI_ROUTING, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_SET_IDENTITY_MAP_ADDR", (void *)_cffi_const_KVM_SET_IDENTITY_MAP_ADDR, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_SET_LAPIC", (void *)_cffi_const_KVM_SET_LAPIC, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_SET_MP_STATE", (void *)_cffi_const_KVM_SET_MP_STATE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_SET_MSRS", (void *)_cffi_const_KVM_SET_MSRS, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_SET_REGS", (void *)_cffi_const_KVM_SET_REGS, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_SET_SREGS", (void *)_cffi_const_KVM_SET_SREGS, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_SET_TSS_ADDR", (void *)_cffi_const_KVM_SET_TSS_ADDR, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_SET_USER_MEMORY_REGION", (void *)_cffi_const_KVM_SET_USER_MEMORY_REGION, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_SIGNAL_MSI", (void *)_cffi_const_KVM_SIGNAL_MSI, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_SYSTEM_EVENT_CRASH", (void *)_cffi_const_KVM_SYSTEM_EVENT_CRASH, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_SYSTEM_EVENT_RESET", (void *)_cffi_const_KVM_SYSTEM_EVENT_RESET, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_SYSTEM_EVENT_SHUTDOWN", (void *)_cffi_const_KVM_SYSTEM_EVENT_SHUTDOWN, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "KVM_TRANSLATE", (void *)_cffi_const_KVM_TRANSLATE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "MADV_DONTDUMP", (void *)_cffi_const_MADV_DONTDUMP, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "MADV_HUGEPAGE", (void *)_cffi_const_MADV_HUGEPAGE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "MADV_MERGEABLE", (void *)_cffi_const_MADV_MERGEABLE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "MADV_POPULATE_WRITE", (void *)_cffi_const_MADV_POPULATE_WRITE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "VMM_EV_DEBUG", (void *)_cffi_const_VMM_EV_DEBUG, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "VMM_EV_ERROR", (void *)_cffi_const_VMM_EV_ERROR, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "VMM_EV_FAIL_ENTRY", (void *)_cffi_const_VMM_EV_FAIL_ENTRY, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "VMM_EV_HLT", (void *)_cffi_const_VMM_EV_HLT, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "VMM_EV_INTERNAL", (void *)_cffi_const_VMM_EV_INTERNAL, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "VMM_EV_MMIO", (void *)_cffi_const_VMM_EV_MMIO, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "VMM_EV_NONE", (void *)_cffi_const_VMM_EV_NONE, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "VMM_EV_OTHER", (void *)_cffi_const_VMM_EV_OTHER, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "VMM_EV_PIO", (void *)_cffi_const_VMM_EV_PIO, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "VMM_EV_SHUTDOWN", (void *)_cffi_const_VMM_EV_SHUTDOWN, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "VMM_EV_STOPPED", (void *)_cffi_const_VMM_EV_STOPPED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "VMM_EV_SYSTEM", (void *)_cffi_const_VMM_EV_SYSTEM, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "VMM_IRQ_EVENTFD", (void *)_cffi_const_VMM_IRQ_EVENTFD, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "VMM_IRQ_LINE", (void *)_cffi_const_VMM_IRQ_LINE, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "VMM_IRQ_NONE", (void *)_cffi_const_VMM_IRQ_NONE, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
-  { "vmm_bus_access", (void *)_cffi_f_vmm_bus_access, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 4), (void *)_cffi_d_vmm_bus_access },
-  { "vmm_bus_add", (void *)_cffi_f_vmm_bus_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 11), (void *)_cffi_d_vmm_bus_add },
-  { "vmm_bus_create", (void *)_cffi_f_vmm_bus_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 53), (void *)_cffi_d_vmm_bus_create },
-  { "vmm_bus_destroy", (void *)_cffi_f_vmm_bus_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 98), (void *)_cffi_d_vmm_bus_destroy },
-  { "vmm_bus_remove", (void *)_cffi_f_vmm_bus_remove, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 0), (void *)_cffi_d_vmm_bus_remove },
-  { "vmm_irq_count", (void *)_cffi_f_vmm_irq_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 77), (void *)_cffi_d_vmm_irq_count },
-  { "vmm_irq_create", (void *)_cffi_f_vmm_irq_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 55), (void *)_cffi_d_vmm_irq_create },
-  { "vmm_irq_destroy", (void *)_cffi_f_vmm_irq_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 101), (void *)_cffi_d_vmm_irq_destroy },
-  { "vmm_irq_level", (void *)_cffi_f_vmm_irq_level, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 17), (void *)_cffi_d_vmm_irq_level },
-  { "vmm_irq_pulse", (void *)_cffi_f_vmm_irq_pulse, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 101), (void *)_cffi_d_vmm_irq_pulse },
-  { "vmm_irq_set", (void *)_cffi_f_vmm_irq_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 104), (void *)_cffi_d_vmm_irq_set },
-  { "vmm_loop_barrier", (void *)_cffi_f_vmm_loop_barrier, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 108), (void *)_cffi_d_vmm_loop_barrier },
-  { "vmm_loop_create", (void *)_cffi_f_vmm_loop_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 60), (void *)_cffi_d_vmm_loop_create },
-  { "vmm_loop_destroy", (void *)_cffi_f_vmm_loop_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 108), (void *)_cffi_d_vmm_loop_destroy },
-  { "vmm_madvise", (void *)_cffi_f_vmm_madvise, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 48), (void *)_cffi_d_vmm_madvise },
-  { "vmm_mem_add", (void *)_cffi_f_vmm_mem_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 20), (void *)_cffi_d_vmm_mem_add },
-  { "vmm_mem_at", (void *)_cffi_f_vmm_mem_at, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 93), (void *)_cffi_d_vmm_mem_at },
-  { "vmm_mem_create", (void *)_cffi_f_vmm_mem_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 62), (void *)_cffi_d_vmm_mem_create },
-  { "vmm_mem_destroy", (void *)_cffi_f_vmm_mem_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 111), (void *)_cffi_d_vmm_mem_destroy },
-  { "vmm_mem_read", (void *)_cffi_f_vmm_mem_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 26), (void *)_cffi_d_vmm_mem_read },
-  { "vmm_mem_write", (void *)_cffi_f_vmm_mem_write, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 32), (void *)_cffi_d_vmm_mem_write },
-  { "vmm_ram_map", (void *)_cffi_f_vmm_ram_map, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 88), (void *)_cffi_d_vmm_ram_map },
-  { "vmm_ram_unmap", (void *)_cffi_f_vmm_ram_unmap, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 117), (void *)_cffi_d_vmm_ram_unmap },
-  { "vmm_stream_close", (void *)_cffi_f_vmm_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 114), (void *)_cffi_d_vmm_stream_close },
-  { "vmm_stream_create", (void *)_cffi_f_vmm_stream_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 64), (void *)_cffi_d_vmm_stream_create },
-  { "vmm_stream_destroy", (void *)_cffi_f_vmm_stream_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 114), (void *)_cffi_d_vmm_stream_destroy },
-  { "vmm_stream_matched", (void *)_cffi_f_vmm_stream_matched, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 67), (void *)_cffi_d_vmm_stream_matched },
-  { "vmm_stream_read", (void *)_cffi_f_vmm_stream_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 70), (void *)_cffi_d_vmm_stream_read },
-  { "vmm_stream_total", (void *)_cffi_f_vmm_stream_total, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 80), (void *)_cffi_d_vmm_stream_total },
-  { "vmm_stream_wait", (void *)_cffi_f_vmm_stream_wait, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 83), (void *)_cffi_d_vmm_stream_wait },
-  { "vmm_stream_watch", (void *)_cffi_f_vmm_stream_watch, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 38), (void *)_cffi_d_vmm_stream_watch },
-  { "vmm_stream_write", (void *)_cffi_f_vmm_stream_write, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 43), (void *)_cffi_d_vmm_stream_write },
+  { "ioctl", (void *)_cffi_const_ioctl, _CFFI_OP(_CFFI_OP_CONSTANT, 191), (void *)0 },
+  { "vmm_bus_access", (void *)_cffi_f_vmm_bus_access, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 13), (void *)_cffi_d_vmm_bus_access },
+  { "vmm_bus_add", (void *)_cffi_f_vmm_bus_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 20), (void *)_cffi_d_vmm_bus_add },
+  { "vmm_bus_create", (void *)_cffi_f_vmm_bus_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 75), (void *)_cffi_d_vmm_bus_create },
+  { "vmm_bus_destroy", (void *)_cffi_f_vmm_bus_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 153), (void *)_cffi_d_vmm_bus_destroy },
+  { "vmm_bus_remove", (void *)_cffi_f_vmm_bus_remove, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 9), (void *)_cffi_d_vmm_bus_remove },
+  { "vmm_irq_count", (void *)_cffi_f_vmm_irq_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 123), (void *)_cffi_d_vmm_irq_count },
+  { "vmm_irq_create", (void *)_cffi_f_vmm_irq_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 77), (void *)_cffi_d_vmm_irq_create },
+  { "vmm_irq_destroy", (void *)_cffi_f_vmm_irq_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 156), (void *)_cffi_d_vmm_irq_destroy },
+  { "vmm_irq_level", (void *)_cffi_f_vmm_irq_level, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 26), (void *)_cffi_d_vmm_irq_level },
+  { "vmm_irq_pulse", (void *)_cffi_f_vmm_irq_pulse, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 156), (void *)_cffi_d_vmm_irq_pulse },
+  { "vmm_irq_route", (void *)_cffi_f_vmm_irq_route, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 0), (void *)_cffi_d_vmm_irq_route },
+  { "vmm_irq_set", (void *)_cffi_f_vmm_irq_set, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 159), (void *)_cffi_d_vmm_irq_set },
+  { "vmm_loop_barrier", (void *)_cffi_f_vmm_loop_barrier, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 163), (void *)_cffi_d_vmm_loop_barrier },
+  { "vmm_loop_create", (void *)_cffi_f_vmm_loop_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 82), (void *)_cffi_d_vmm_loop_create },
+  { "vmm_loop_destroy", (void *)_cffi_f_vmm_loop_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 163), (void *)_cffi_d_vmm_loop_destroy },
+  { "vmm_madvise", (void *)_cffi_f_vmm_madvise, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 67), (void *)_cffi_d_vmm_madvise },
+  { "vmm_mem_add", (void *)_cffi_f_vmm_mem_add, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 29), (void *)_cffi_d_vmm_mem_add },
+  { "vmm_mem_at", (void *)_cffi_f_vmm_mem_at, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 145), (void *)_cffi_d_vmm_mem_at },
+  { "vmm_mem_create", (void *)_cffi_f_vmm_mem_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 84), (void *)_cffi_d_vmm_mem_create },
+  { "vmm_mem_destroy", (void *)_cffi_f_vmm_mem_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 166), (void *)_cffi_d_vmm_mem_destroy },
+  { "vmm_mem_read", (void *)_cffi_f_vmm_mem_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 35), (void *)_cffi_d_vmm_mem_read },
+  { "vmm_mem_write", (void *)_cffi_f_vmm_mem_write, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 41), (void *)_cffi_d_vmm_mem_write },
+  { "vmm_ram_map", (void *)_cffi_f_vmm_ram_map, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 140), (void *)_cffi_d_vmm_ram_map },
+  { "vmm_ram_unmap", (void *)_cffi_f_vmm_ram_unmap, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 182), (void *)_cffi_d_vmm_ram_unmap },
+  { "vmm_stream_close", (void *)_cffi_f_vmm_stream_close, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 169), (void *)_cffi_d_vmm_stream_close },
+  { "vmm_stream_create", (void *)_cffi_f_vmm_stream_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 86), (void *)_cffi_d_vmm_stream_create },
+  { "vmm_stream_destroy", (void *)_cffi_f_vmm_stream_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 169), (void *)_cffi_d_vmm_stream_destroy },
+  { "vmm_stream_matched", (void *)_cffi_f_vmm_stream_matched, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 99), (void *)_cffi_d_vmm_stream_matched },
+  { "vmm_stream_read", (void *)_cffi_f_vmm_stream_read, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 102), (void *)_cffi_d_vmm_stream_read },
+  { "vmm_stream_total", (void *)_cffi_f_vmm_stream_total, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 126), (void *)_cffi_d_vmm_stream_total },
+  { "vmm_stream_wait", (void *)_cffi_f_vmm_stream_wait, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 129), (void *)_cffi_d_vmm_stream_wait },
+  { "vmm_stream_watch", (void *)_cffi_f_vmm_stream_watch, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 47), (void *)_cffi_d_vmm_stream_watch },
+  { "vmm_stream_write", (void *)_cffi_f_vmm_stream_write, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 52), (void *)_cffi_d_vmm_stream_write },
+  { "vmm_vcpu_counts", (void *)_cffi_f_vmm_vcpu_counts, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 118), (void *)_cffi_d_vmm_vcpu_counts },
+  { "vmm_vcpu_create", (void *)_cffi_f_vmm_vcpu_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 89), (void *)_cffi_d_vmm_vcpu_create },
+  { "vmm_vcpu_destroy", (void *)_cffi_f_vmm_vcpu_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 172), (void *)_cffi_d_vmm_vcpu_destroy },
+  { "vmm_vcpu_enter", (void *)_cffi_f_vmm_vcpu_enter, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 57), (void *)_cffi_d_vmm_vcpu_enter },
+  { "vmm_vcpu_exits", (void *)_cffi_f_vmm_vcpu_exits, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 134), (void *)_cffi_d_vmm_vcpu_exits },
+  { "vmm_vcpu_history", (void *)_cffi_f_vmm_vcpu_history, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 113), (void *)_cffi_d_vmm_vcpu_history },
+  { "vmm_vcpu_leave", (void *)_cffi_f_vmm_vcpu_leave, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 172), (void *)_cffi_d_vmm_vcpu_leave },
+  { "vmm_vcpu_run", (void *)_cffi_f_vmm_vcpu_run, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 109), (void *)_cffi_d_vmm_vcpu_run },
+  { "vmm_vcpu_run_area", (void *)_cffi_f_vmm_vcpu_run_area, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 150), (void *)_cffi_d_vmm_vcpu_run_area },
+  { "vmm_vm_count_exits", (void *)_cffi_f_vmm_vm_count_exits, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 178), (void *)_cffi_d_vmm_vm_count_exits },
+  { "vmm_vm_create", (void *)_cffi_f_vmm_vm_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 95), (void *)_cffi_d_vmm_vm_create },
+  { "vmm_vm_destroy", (void *)_cffi_f_vmm_vm_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 175), (void *)_cffi_d_vmm_vm_destroy },
+  { "vmm_vm_first_run_ns", (void *)_cffi_f_vmm_vm_first_run_ns, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 137), (void *)_cffi_d_vmm_vm_first_run_ns },
+  { "vmm_vm_mmio", (void *)_cffi_f_vmm_vm_mmio, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 72), (void *)_cffi_d_vmm_vm_mmio },
+  { "vmm_vm_pause", (void *)_cffi_f_vmm_vm_pause, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 63), (void *)_cffi_d_vmm_vm_pause },
+  { "vmm_vm_pio", (void *)_cffi_f_vmm_vm_pio, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 72), (void *)_cffi_d_vmm_vm_pio },
+  { "vmm_vm_resume", (void *)_cffi_f_vmm_vm_resume, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 175), (void *)_cffi_d_vmm_vm_resume },
+  { "vmm_vm_stop", (void *)_cffi_f_vmm_vm_stop, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 175), (void *)_cffi_d_vmm_vm_stop },
+  { "vmm_vm_stopping", (void *)_cffi_f_vmm_vm_stopping, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 60), (void *)_cffi_d_vmm_vm_stopping },
+};
+
+static const struct _cffi_field_s _cffi_fields[] = {
+  { "nent", offsetof(struct kvm_cpuid2, nent),
+            sizeof(((struct kvm_cpuid2 *)0)->nent),
+            _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "entries", offsetof(struct kvm_cpuid2, entries),
+               (size_t)-1,
+               _CFFI_OP(_CFFI_OP_NOOP, 195) },
+  { "function", offsetof(struct kvm_cpuid_entry2, function),
+                sizeof(((struct kvm_cpuid_entry2 *)0)->function),
+                _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "index", offsetof(struct kvm_cpuid_entry2, index),
+             sizeof(((struct kvm_cpuid_entry2 *)0)->index),
+             _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "flags", offsetof(struct kvm_cpuid_entry2, flags),
+             sizeof(((struct kvm_cpuid_entry2 *)0)->flags),
+             _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "eax", offsetof(struct kvm_cpuid_entry2, eax),
+           sizeof(((struct kvm_cpuid_entry2 *)0)->eax),
+           _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "ebx", offsetof(struct kvm_cpuid_entry2, ebx),
+           sizeof(((struct kvm_cpuid_entry2 *)0)->ebx),
+           _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "ecx", offsetof(struct kvm_cpuid_entry2, ecx),
+           sizeof(((struct kvm_cpuid_entry2 *)0)->ecx),
+           _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "edx", offsetof(struct kvm_cpuid_entry2, edx),
+           sizeof(((struct kvm_cpuid_entry2 *)0)->edx),
+           _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "base", offsetof(struct kvm_dtable, base),
+            sizeof(((struct kvm_dtable *)0)->base),
+            _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "limit", offsetof(struct kvm_dtable, limit),
+             sizeof(((struct kvm_dtable *)0)->limit),
+             _CFFI_OP(_CFFI_OP_NOOP, 226) },
+  { "fcw", offsetof(struct kvm_fpu, fcw),
+           sizeof(((struct kvm_fpu *)0)->fcw),
+           _CFFI_OP(_CFFI_OP_NOOP, 226) },
+  { "mxcsr", offsetof(struct kvm_fpu, mxcsr),
+             sizeof(((struct kvm_fpu *)0)->mxcsr),
+             _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "datamatch", offsetof(struct kvm_ioeventfd, datamatch),
+                 sizeof(((struct kvm_ioeventfd *)0)->datamatch),
+                 _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "addr", offsetof(struct kvm_ioeventfd, addr),
+            sizeof(((struct kvm_ioeventfd *)0)->addr),
+            _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "len", offsetof(struct kvm_ioeventfd, len),
+           sizeof(((struct kvm_ioeventfd *)0)->len),
+           _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "fd", offsetof(struct kvm_ioeventfd, fd),
+          sizeof(((struct kvm_ioeventfd *)0)->fd),
+          _CFFI_OP(_CFFI_OP_NOOP, 192) },
+  { "flags", offsetof(struct kvm_ioeventfd, flags),
+             sizeof(((struct kvm_ioeventfd *)0)->flags),
+             _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "irq", offsetof(struct kvm_irq_level, irq),
+           sizeof(((struct kvm_irq_level *)0)->irq),
+           _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "level", offsetof(struct kvm_irq_level, level),
+             sizeof(((struct kvm_irq_level *)0)->level),
+             _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "fd", offsetof(struct kvm_irqfd, fd),
+          sizeof(((struct kvm_irqfd *)0)->fd),
+          _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "gsi", offsetof(struct kvm_irqfd, gsi),
+           sizeof(((struct kvm_irqfd *)0)->gsi),
+           _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "flags", offsetof(struct kvm_irqfd, flags),
+             sizeof(((struct kvm_irqfd *)0)->flags),
+             _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "resamplefd", offsetof(struct kvm_irqfd, resamplefd),
+                  sizeof(((struct kvm_irqfd *)0)->resamplefd),
+                  _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "regs", offsetof(struct kvm_lapic_state, regs),
+            sizeof(((struct kvm_lapic_state *)0)->regs),
+            _CFFI_OP(_CFFI_OP_NOOP, 187) },
+  { "mp_state", offsetof(struct kvm_mp_state, mp_state),
+                sizeof(((struct kvm_mp_state *)0)->mp_state),
+                _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "address_lo", offsetof(struct kvm_msi, address_lo),
+                  sizeof(((struct kvm_msi *)0)->address_lo),
+                  _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "address_hi", offsetof(struct kvm_msi, address_hi),
+                  sizeof(((struct kvm_msi *)0)->address_hi),
+                  _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "data", offsetof(struct kvm_msi, data),
+            sizeof(((struct kvm_msi *)0)->data),
+            _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "flags", offsetof(struct kvm_msi, flags),
+             sizeof(((struct kvm_msi *)0)->flags),
+             _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "index", offsetof(struct kvm_msr_entry, index),
+             sizeof(((struct kvm_msr_entry *)0)->index),
+             _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "data", offsetof(struct kvm_msr_entry, data),
+            sizeof(((struct kvm_msr_entry *)0)->data),
+            _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "nmsrs", offsetof(struct kvm_msr_list, nmsrs),
+             sizeof(((struct kvm_msr_list *)0)->nmsrs),
+             _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "indices", offsetof(struct kvm_msr_list, indices),
+               (size_t)-1,
+               _CFFI_OP(_CFFI_OP_NOOP, 227) },
+  { "nmsrs", offsetof(struct kvm_msrs, nmsrs),
+             sizeof(((struct kvm_msrs *)0)->nmsrs),
+             _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "entries", offsetof(struct kvm_msrs, entries),
+               (size_t)-1,
+               _CFFI_OP(_CFFI_OP_NOOP, 205) },
+  { "flags", offsetof(struct kvm_pit_config, flags),
+             sizeof(((struct kvm_pit_config *)0)->flags),
+             _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "rax", offsetof(struct kvm_regs, rax),
+           sizeof(((struct kvm_regs *)0)->rax),
+           _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "rbx", offsetof(struct kvm_regs, rbx),
+           sizeof(((struct kvm_regs *)0)->rbx),
+           _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "rcx", offsetof(struct kvm_regs, rcx),
+           sizeof(((struct kvm_regs *)0)->rcx),
+           _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "rdx", offsetof(struct kvm_regs, rdx),
+           sizeof(((struct kvm_regs *)0)->rdx),
+           _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "rsi", offsetof(struct kvm_regs, rsi),
+           sizeof(((struct kvm_regs *)0)->rsi),
+           _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "rdi", offsetof(struct kvm_regs, rdi),
+           sizeof(((struct kvm_regs *)0)->rdi),
+           _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "rsp", offsetof(struct kvm_regs, rsp),
+           sizeof(((struct kvm_regs *)0)->rsp),
+           _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "rbp", offsetof(struct kvm_regs, rbp),
+           sizeof(((struct kvm_regs *)0)->rbp),
+           _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "r8", offsetof(struct kvm_regs, r8),
+          sizeof(((struct kvm_regs *)0)->r8),
+          _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "r9", offsetof(struct kvm_regs, r9),
+          sizeof(((struct kvm_regs *)0)->r9),
+          _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "r10", offsetof(struct kvm_regs, r10),
+           sizeof(((struct kvm_regs *)0)->r10),
+           _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "r11", offsetof(struct kvm_regs, r11),
+           sizeof(((struct kvm_regs *)0)->r11),
+           _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "r12", offsetof(struct kvm_regs, r12),
+           sizeof(((struct kvm_regs *)0)->r12),
+           _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "r13", offsetof(struct kvm_regs, r13),
+           sizeof(((struct kvm_regs *)0)->r13),
+           _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "r14", offsetof(struct kvm_regs, r14),
+           sizeof(((struct kvm_regs *)0)->r14),
+           _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "r15", offsetof(struct kvm_regs, r15),
+           sizeof(((struct kvm_regs *)0)->r15),
+           _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "rip", offsetof(struct kvm_regs, rip),
+           sizeof(((struct kvm_regs *)0)->rip),
+           _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "rflags", offsetof(struct kvm_regs, rflags),
+              sizeof(((struct kvm_regs *)0)->rflags),
+              _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "base", offsetof(struct kvm_segment, base),
+            sizeof(((struct kvm_segment *)0)->base),
+            _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "limit", offsetof(struct kvm_segment, limit),
+             sizeof(((struct kvm_segment *)0)->limit),
+             _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "selector", offsetof(struct kvm_segment, selector),
+                sizeof(((struct kvm_segment *)0)->selector),
+                _CFFI_OP(_CFFI_OP_NOOP, 226) },
+  { "type", offsetof(struct kvm_segment, type),
+            sizeof(((struct kvm_segment *)0)->type),
+            _CFFI_OP(_CFFI_OP_NOOP, 230) },
+  { "present", offsetof(struct kvm_segment, present),
+               sizeof(((struct kvm_segment *)0)->present),
+               _CFFI_OP(_CFFI_OP_NOOP, 230) },
+  { "dpl", offsetof(struct kvm_segment, dpl),
+           sizeof(((struct kvm_segment *)0)->dpl),
+           _CFFI_OP(_CFFI_OP_NOOP, 230) },
+  { "db", offsetof(struct kvm_segment, db),
+          sizeof(((struct kvm_segment *)0)->db),
+          _CFFI_OP(_CFFI_OP_NOOP, 230) },
+  { "s", offsetof(struct kvm_segment, s),
+         sizeof(((struct kvm_segment *)0)->s),
+         _CFFI_OP(_CFFI_OP_NOOP, 230) },
+  { "l", offsetof(struct kvm_segment, l),
+         sizeof(((struct kvm_segment *)0)->l),
+         _CFFI_OP(_CFFI_OP_NOOP, 230) },
+  { "g", offsetof(struct kvm_segment, g),
+         sizeof(((struct kvm_segment *)0)->g),
+         _CFFI_OP(_CFFI_OP_NOOP, 230) },
+  { "avl", offsetof(struct kvm_segment, avl),
+           sizeof(((struct kvm_segment *)0)->avl),
+           _CFFI_OP(_CFFI_OP_NOOP, 230) },
+  { "unusable", offsetof(struct kvm_segment, unusable),
+                sizeof(((struct kvm_segment *)0)->unusable),
+                _CFFI_OP(_CFFI_OP_NOOP, 230) },
+  { "cs", offsetof(struct kvm_sregs, cs),
+          sizeof(((struct kvm_sregs *)0)->cs),
+          _CFFI_OP(_CFFI_OP_NOOP, 210) },
+  { "ds", offsetof(struct kvm_sregs, ds),
+          sizeof(((struct kvm_sregs *)0)->ds),
+          _CFFI_OP(_CFFI_OP_NOOP, 210) },
+  { "es", offsetof(struct kvm_sregs, es),
+          sizeof(((struct kvm_sregs *)0)->es),
+          _CFFI_OP(_CFFI_OP_NOOP, 210) },
+  { "fs", offsetof(struct kvm_sregs, fs),
+          sizeof(((struct kvm_sregs *)0)->fs),
+          _CFFI_OP(_CFFI_OP_NOOP, 210) },
+  { "gs", offsetof(struct kvm_sregs, gs),
+          sizeof(((struct kvm_sregs *)0)->gs),
+          _CFFI_OP(_CFFI_OP_NOOP, 210) },
+  { "ss", offsetof(struct kvm_sregs, ss),
+          sizeof(((struct kvm_sregs *)0)->ss),
+          _CFFI_OP(_CFFI_OP_NOOP, 210) },
+  { "tr", offsetof(struct kvm_sregs, tr),
+          sizeof(((struct kvm_sregs *)0)->tr),
+          _CFFI_OP(_CFFI_OP_NOOP, 210) },
+  { "ldt", offsetof(struct kvm_sregs, ldt),
+           sizeof(((struct kvm_sregs *)0)->ldt),
+           _CFFI_OP(_CFFI_OP_NOOP, 210) },
+  { "gdt", offsetof(struct kvm_sregs, gdt),
+           sizeof(((struct kvm_sregs *)0)->gdt),
+           _CFFI_OP(_CFFI_OP_NOOP, 196) },
+  { "idt", offsetof(struct kvm_sregs, idt),
+           sizeof(((struct kvm_sregs *)0)->idt),
+           _CFFI_OP(_CFFI_OP_NOOP, 196) },
+  { "cr0", offsetof(struct kvm_sregs, cr0),
+           sizeof(((struct kvm_sregs *)0)->cr0),
+           _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "cr2", offsetof(struct kvm_sregs, cr2),
+           sizeof(((struct kvm_sregs *)0)->cr2),
+           _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "cr3", offsetof(struct kvm_sregs, cr3),
+           sizeof(((struct kvm_sregs *)0)->cr3),
+           _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "cr4", offsetof(struct kvm_sregs, cr4),
+           sizeof(((struct kvm_sregs *)0)->cr4),
+           _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "cr8", offsetof(struct kvm_sregs, cr8),
+           sizeof(((struct kvm_sregs *)0)->cr8),
+           _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "efer", offsetof(struct kvm_sregs, efer),
+            sizeof(((struct kvm_sregs *)0)->efer),
+            _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "apic_base", offsetof(struct kvm_sregs, apic_base),
+                 sizeof(((struct kvm_sregs *)0)->apic_base),
+                 _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "linear_address", offsetof(struct kvm_translation, linear_address),
+                      sizeof(((struct kvm_translation *)0)->linear_address),
+                      _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "physical_address", offsetof(struct kvm_translation, physical_address),
+                        sizeof(((struct kvm_translation *)0)->physical_address),
+                        _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "valid", offsetof(struct kvm_translation, valid),
+             sizeof(((struct kvm_translation *)0)->valid),
+             _CFFI_OP(_CFFI_OP_NOOP, 230) },
+  { "writeable", offsetof(struct kvm_translation, writeable),
+                 sizeof(((struct kvm_translation *)0)->writeable),
+                 _CFFI_OP(_CFFI_OP_NOOP, 230) },
+  { "usermode", offsetof(struct kvm_translation, usermode),
+                sizeof(((struct kvm_translation *)0)->usermode),
+                _CFFI_OP(_CFFI_OP_NOOP, 230) },
+  { "slot", offsetof(struct kvm_userspace_memory_region, slot),
+            sizeof(((struct kvm_userspace_memory_region *)0)->slot),
+            _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "flags", offsetof(struct kvm_userspace_memory_region, flags),
+             sizeof(((struct kvm_userspace_memory_region *)0)->flags),
+             _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "guest_phys_addr", offsetof(struct kvm_userspace_memory_region, guest_phys_addr),
+                       sizeof(((struct kvm_userspace_memory_region *)0)->guest_phys_addr),
+                       _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "memory_size", offsetof(struct kvm_userspace_memory_region, memory_size),
+                   sizeof(((struct kvm_userspace_memory_region *)0)->memory_size),
+                   _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "userspace_addr", offsetof(struct kvm_userspace_memory_region, userspace_addr),
+                      sizeof(((struct kvm_userspace_memory_region *)0)->userspace_addr),
+                      _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "kind", offsetof(struct vmm_event, kind),
+            sizeof(((struct vmm_event *)0)->kind),
+            _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "vcpu", offsetof(struct vmm_event, vcpu),
+            sizeof(((struct vmm_event *)0)->vcpu),
+            _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "addr", offsetof(struct vmm_event, addr),
+            sizeof(((struct vmm_event *)0)->addr),
+            _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "size", offsetof(struct vmm_event, size),
+            sizeof(((struct vmm_event *)0)->size),
+            _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "is_write", offsetof(struct vmm_event, is_write),
+                sizeof(((struct vmm_event *)0)->is_write),
+                _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "data", offsetof(struct vmm_event, data),
+            sizeof(((struct vmm_event *)0)->data),
+            _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "extra", offsetof(struct vmm_event, extra),
+             sizeof(((struct vmm_event *)0)->extra),
+             _CFFI_OP(_CFFI_OP_NOOP, 228) },
+  { "reason", offsetof(struct vmm_exit, reason),
+              sizeof(((struct vmm_exit *)0)->reason),
+              _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "size", offsetof(struct vmm_exit, size),
+            sizeof(((struct vmm_exit *)0)->size),
+            _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "addr", offsetof(struct vmm_exit, addr),
+            sizeof(((struct vmm_exit *)0)->addr),
+            _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "data", offsetof(struct vmm_exit, data),
+            sizeof(((struct vmm_exit *)0)->data),
+            _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "is_write", offsetof(struct vmm_exit, is_write),
+                sizeof(((struct vmm_exit *)0)->is_write),
+                _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "cold", offsetof(struct vmm_exit, cold),
+            sizeof(((struct vmm_exit *)0)->cold),
+            _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "reason", offsetof(struct vmm_exit_count, reason),
+              sizeof(((struct vmm_exit_count *)0)->reason),
+              _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "is_write", offsetof(struct vmm_exit_count, is_write),
+                sizeof(((struct vmm_exit_count *)0)->is_write),
+                _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "addr", offsetof(struct vmm_exit_count, addr),
+            sizeof(((struct vmm_exit_count *)0)->addr),
+            _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "count", offsetof(struct vmm_exit_count, count),
+             sizeof(((struct vmm_exit_count *)0)->count),
+             _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "cold", offsetof(struct vmm_exit_count, cold),
+            sizeof(((struct vmm_exit_count *)0)->cold),
+            _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "gsi", offsetof(struct vmm_route, gsi),
+           sizeof(((struct vmm_route *)0)->gsi),
+           _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "msi", offsetof(struct vmm_route, msi),
+           sizeof(((struct vmm_route *)0)->msi),
+           _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "chip", offsetof(struct vmm_route, chip),
+            sizeof(((struct vmm_route *)0)->chip),
+            _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "pin", offsetof(struct vmm_route, pin),
+           sizeof(((struct vmm_route *)0)->pin),
+           _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "address", offsetof(struct vmm_route, address),
+               sizeof(((struct vmm_route *)0)->address),
+               _CFFI_OP(_CFFI_OP_NOOP, 11) },
+  { "data", offsetof(struct vmm_route, data),
+            sizeof(((struct vmm_route *)0)->data),
+            _CFFI_OP(_CFFI_OP_NOOP, 3) },
+  { "pad", offsetof(struct vmm_route, pad),
+           sizeof(((struct vmm_route *)0)->pad),
+           _CFFI_OP(_CFFI_OP_NOOP, 3) },
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "vmm_bus", 123, _CFFI_F_OPAQUE,
+  { "kvm_cpuid2", 193, 0,
+    sizeof(struct kvm_cpuid2), offsetof(struct _cffi_align_struct_kvm_cpuid2, y), 0, 2 },
+  { "kvm_cpuid_entry2", 194, 0,
+    sizeof(struct kvm_cpuid_entry2), offsetof(struct _cffi_align_struct_kvm_cpuid_entry2, y), 2, 7 },
+  { "kvm_dtable", 196, 0,
+    sizeof(struct kvm_dtable), offsetof(struct _cffi_align_struct_kvm_dtable, y), 9, 2 },
+  { "kvm_fpu", 197, 0,
+    sizeof(struct kvm_fpu), offsetof(struct _cffi_align_struct_kvm_fpu, y), 11, 2 },
+  { "kvm_ioeventfd", 198, 0,
+    sizeof(struct kvm_ioeventfd), offsetof(struct _cffi_align_struct_kvm_ioeventfd, y), 13, 5 },
+  { "kvm_irq_level", 199, 0,
+    sizeof(struct kvm_irq_level), offsetof(struct _cffi_align_struct_kvm_irq_level, y), 18, 2 },
+  { "kvm_irqfd", 200, 0,
+    sizeof(struct kvm_irqfd), offsetof(struct _cffi_align_struct_kvm_irqfd, y), 20, 4 },
+  { "kvm_lapic_state", 201, 0,
+    sizeof(struct kvm_lapic_state), offsetof(struct _cffi_align_struct_kvm_lapic_state, y), 24, 1 },
+  { "kvm_mp_state", 202, 0,
+    sizeof(struct kvm_mp_state), offsetof(struct _cffi_align_struct_kvm_mp_state, y), 25, 1 },
+  { "kvm_msi", 203, 0,
+    sizeof(struct kvm_msi), offsetof(struct _cffi_align_struct_kvm_msi, y), 26, 4 },
+  { "kvm_msr_entry", 204, 0,
+    sizeof(struct kvm_msr_entry), offsetof(struct _cffi_align_struct_kvm_msr_entry, y), 30, 2 },
+  { "kvm_msr_list", 206, 0,
+    sizeof(struct kvm_msr_list), offsetof(struct _cffi_align_struct_kvm_msr_list, y), 32, 2 },
+  { "kvm_msrs", 207, 0,
+    sizeof(struct kvm_msrs), offsetof(struct _cffi_align_struct_kvm_msrs, y), 34, 2 },
+  { "kvm_pit_config", 208, 0,
+    sizeof(struct kvm_pit_config), offsetof(struct _cffi_align_struct_kvm_pit_config, y), 36, 1 },
+  { "kvm_regs", 209, 0,
+    sizeof(struct kvm_regs), offsetof(struct _cffi_align_struct_kvm_regs, y), 37, 18 },
+  { "kvm_segment", 210, 0,
+    sizeof(struct kvm_segment), offsetof(struct _cffi_align_struct_kvm_segment, y), 55, 12 },
+  { "kvm_sregs", 211, 0,
+    sizeof(struct kvm_sregs), offsetof(struct _cffi_align_struct_kvm_sregs, y), 67, 17 },
+  { "kvm_translation", 212, 0,
+    sizeof(struct kvm_translation), offsetof(struct _cffi_align_struct_kvm_translation, y), 84, 5 },
+  { "kvm_userspace_memory_region", 213, 0,
+    sizeof(struct kvm_userspace_memory_region), offsetof(struct _cffi_align_struct_kvm_userspace_memory_region, y), 89, 5 },
+  { "vmm_bus", 214, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "vmm_dev", 124, _CFFI_F_OPAQUE,
+  { "vmm_dev", 215, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "vmm_irq", 125, _CFFI_F_OPAQUE,
+  { "vmm_event", 216, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct vmm_event), offsetof(struct _cffi_align_struct_vmm_event, y), 94, 7 },
+  { "vmm_exit", 217, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct vmm_exit), offsetof(struct _cffi_align_struct_vmm_exit, y), 101, 6 },
+  { "vmm_exit_count", 218, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct vmm_exit_count), offsetof(struct _cffi_align_struct_vmm_exit_count, y), 107, 5 },
+  { "vmm_irq", 219, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "vmm_loop", 126, _CFFI_F_OPAQUE,
+  { "vmm_loop", 220, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "vmm_mem", 127, _CFFI_F_OPAQUE,
+  { "vmm_mem", 221, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "vmm_stream", 128, _CFFI_F_OPAQUE,
+  { "vmm_route", 222, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct vmm_route), offsetof(struct _cffi_align_struct_vmm_route, y), 112, 7 },
+  { "vmm_stream", 223, _CFFI_F_OPAQUE,
+    (size_t)-1, -1, -1, 0 /* opaque */ },
+  { "vmm_vcpu", 224, _CFFI_F_OPAQUE,
+    (size_t)-1, -1, -1, 0 /* opaque */ },
+  { "vmm_vm", 225, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
 };
 
 static const struct _cffi_enum_s _cffi_enums[] = {
-  { "$1", 122, _cffi_prim_int(4, 0),
+  { "$1", 189, _cffi_prim_int(4, 0),
     "VMM_IRQ_NONE,VMM_IRQ_LINE,VMM_IRQ_EVENTFD" },
+  { "$2", 190, _cffi_prim_int(4, 0),
+    "VMM_EV_NONE,VMM_EV_PIO,VMM_EV_MMIO,VMM_EV_HLT,VMM_EV_SHUTDOWN,VMM_EV_INTERNAL,VMM_EV_FAIL_ENTRY,VMM_EV_SYSTEM,"
+    "VMM_EV_DEBUG,VMM_EV_OTHER,VMM_EV_ERROR,VMM_EV_STOPPED" },
 };
 
 static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_types,
   _cffi_globals,
-  NULL,  /* no fields */
+  _cffi_fields,
   _cffi_struct_unions,
   _cffi_enums,
   NULL,  /* no typenames */
-  39,  /* num_globals */
-  6,  /* num_struct_unions */
-  1,  /* num_enums */
+  181,  /* num_globals */
+  31,  /* num_struct_unions */
+  2,  /* num_enums */
   0,  /* num_typenames */
   NULL,  /* no includes */
-  131,  /* num_types */
+  232,  /* num_types */
   0,  /* flags */
 };
 

@@ -102,15 +102,15 @@ class GuestMemory:
 
     def contains(self, gpa: int, size: int) -> bool:
         """Whether ``size`` bytes at ``gpa`` lie in one range of RAM."""
-        return 0 <= gpa < 1 << 64 and 0 <= size < 1 << 64 and bool(
-            lib.vmm_mem_at(self.table, gpa, size)
+        return (
+            0 <= gpa < 1 << 64
+            and 0 <= size < 1 << 64
+            and bool(lib.vmm_mem_at(self.table, gpa, size))
         )
 
     def read(self, gpa: int, size: int) -> bytes:
         buf = bytearray(size)
-        if not 0 <= gpa < 1 << 64 or lib.vmm_mem_read(
-            self.table, gpa, ffi.from_buffer(buf), size
-        ):
+        if not 0 <= gpa < 1 << 64 or lib.vmm_mem_read(self.table, gpa, ffi.from_buffer(buf), size):
             raise MemoryFault(gpa, size)
         return bytes(buf)
 

@@ -1,0 +1,195 @@
+"""Interrupts: lines, edges and messages, over KVM's in-kernel chips or over nothing (tests)."""
+
+from __future__ import annotations
+
+import os
+
+from vmm._native import ffi, lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.kvm import Vm
+
+_IOAPIC_PINS = 24
+_PIC_PINS = 8
+
+
+class IrqLine:
+    """One interrupt source. C code raises it through ``native`` (struct vmm_irq *)."""
+
+    def __init__(self, kind: int, fd: int = -1, gsi: int = 0, *, owned_fd: int = -1) -> None:
+        self.native = lib.vmm_irq_create(kind, fd, gsi)
+        self.gsi = gsi
+        self._owned = owned_fd
+
+    def set(self, level: bool) -> None:
+        lib.vmm_irq_set(self.native, int(level))
+
+    def pulse(self) -> None:
+        lib.vmm_irq_pulse(self.native)
+
+    @property
+    def level(self) -> bool:
+        return bool(lib.vmm_irq_level(self.native))
+
+    @property
+    def count(self) -> int:
+        """Rising edges so far."""
+        return int(lib.vmm_irq_count(self.native))
+
+    def close(self) -> None:
+        if self.native != ffi.NULL:
+            lib.vmm_irq_destroy(self.native)
+            self.native = ffi.NULL
+        if self._owned >= 0:
+            os.close(self._owned)
+            self._owned = -1
+
+
+class MsiVector:
+    """One message-signalled interrupt: an eventfd that KVM turns into the message.
+
+    While masked the eventfd only remembers: ``unmask`` delivers what came in between, and
+    ``pending`` tells (PBA). virtio-v1.3 §4.1.5.1.2, PCI-3.0 §6.8.2.9.
+    """
+
+    def __init__(self, chip: IrqChip) -> None:
+        self._chip = chip
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.irq = IrqLine(lib.VMM_IRQ_EVENTFD, self._fd)
+        self.gsi = -1
+        self.addr = 0
+        self.data = 0
+        self.masked = True
+
+    def set(self, addr: int, data: int) -> None:
+        """Where the message goes: 64-bit address, 32-bit data."""
+        if (addr, data) != (self.addr, self.data):
+            self.addr, self.data = addr, data
+            if not self.masked:
+                self._chip._route(self)
+
+    def unmask(self) -> None:
+        if self.masked:
+            self.masked = False
+            self._chip._route(self)
+            self._chip._bind(self, True)
+            if self._take():
+                self.irq.pulse()
+
+    def mask(self) -> None:
+        if not self.masked:
+            self.masked = True
+            self._chip._bind(self, False)
+
+    @property
+    def pending(self) -> bool:
+        """An interrupt waits behind the mask."""
+        if not self.masked or not self._take():
+            return False
+        os.eventfd_write(self._fd, 1)
+        return True
+
+    def _take(self) -> bool:
+        try:
+            return os.eventfd_read(self._fd) > 0
+        except BlockingIOError:
+            return False
+
+    def close(self) -> None:
+        self.mask()
+        self._chip._forget(self)
+        self.irq.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    @property
+    def fd(self) -> int:
+        return self._fd
+
+
+class IrqChip:
+    """Interrupt sources of one machine. This base has no chip behind it: sources only count."""
+
+    def line(self, gsi: int) -> IrqLine:
+        """A level-triggered source on one GSI."""
+        return IrqLine(lib.VMM_IRQ_NONE, gsi=gsi)
+
+    def edge(self, gsi: int) -> IrqLine:
+        """An edge-triggered source on one GSI, carried by an eventfd."""
+        return IrqLine(lib.VMM_IRQ_NONE, gsi=gsi)
+
+    def msi(self) -> MsiVector:
+        return MsiVector(self)
+
+    def _route(self, vector: MsiVector) -> None:
+        pass
+
+    def _bind(self, vector: MsiVector, on: bool) -> None:
+        pass
+
+    def _forget(self, vector: MsiVector) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+NullIrqChip = IrqChip
+
+
+class KvmIrqChip(IrqChip):
+    """KVM's PIC, IOAPIC and local APICs. Owns the GSI routing table of the VM."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._vectors: dict[int, MsiVector] = {}
+        self._edges: list[tuple[int, int]] = []
+        self._next = _IOAPIC_PINS
+        self._free: list[int] = []
+        vm.set_gsi_routing(self._table())
+
+    def line(self, gsi: int) -> IrqLine:
+        return IrqLine(lib.VMM_IRQ_LINE, self._vm.fd, gsi)
+
+    def edge(self, gsi: int) -> IrqLine:
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._vm.irqfd(fd, gsi)
+        self._edges.append((fd, gsi))
+        return IrqLine(lib.VMM_IRQ_EVENTFD, fd, gsi, owned_fd=fd)
+
+    def _route(self, vector: MsiVector) -> None:
+        if vector.gsi < 0:
+            vector.gsi = self._free.pop() if self._free else self._next
+            self._next = max(self._next, vector.gsi + 1)
+            self._vectors[vector.gsi] = vector
+        self._vm.set_gsi_routing(self._table())
+
+    def _bind(self, vector: MsiVector, on: bool) -> None:
+        self._vm.irqfd(vector.fd, vector.gsi, assign=on)
+
+    def _forget(self, vector: MsiVector) -> None:
+        if vector.gsi >= 0:
+            del self._vectors[vector.gsi]
+            self._free.append(vector.gsi)
+            vector.gsi = -1
+
+    def _table(self) -> list[dict[str, int]]:
+        """The chips' pins as on a PC, then one entry per message."""
+        master, slave = int(lib.KVM_IRQCHIP_PIC_MASTER), int(lib.KVM_IRQCHIP_PIC_SLAVE)
+        ioapic = int(lib.KVM_IRQCHIP_IOAPIC)
+        routes = [
+            {"gsi": pin, "chip": master if pin < _PIC_PINS else slave, "pin": pin % _PIC_PINS}
+            for pin in range(2 * _PIC_PINS)
+        ]
+        # The PIT is wired to GSI 0 and arrives at IOAPIC pin 2.
+        routes += [
+            {"gsi": 0 if pin == 2 else pin, "chip": ioapic, "pin": pin}
+            for pin in range(1, _IOAPIC_PINS)
+        ]
+        routes += [
+            {"gsi": gsi, "msi": 1, "address": v.addr, "data": v.data}
+            for gsi, v in sorted(self._vectors.items())
+        ]
+        return routes
