@@ -1,0 +1,98 @@
+"""What a machine is made of before it runs: memory, buses, interrupts, devices.
+
+The machine makes a Board, the architecture puts its platform on it, the device tables put the
+user's devices on it, and the boot code reads it to describe the hardware to the guest. A board
+needs no KVM: without one (dry runs, tests) interrupts only count and nothing is accelerated.
+"""
+
+from __future__ import annotations
+
+from vmm._native import ffi, lib
+from vmm.bus import Bus
+from vmm.errors import HostError
+from vmm.irq import IrqChip
+from vmm.memory import GuestMemory
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from vmm.config import MachineConfig
+    from vmm.device import Device
+    from vmm.kvm import Vm
+
+
+class Board:
+    """One machine's hardware. Owns its devices and the I/O thread; memory and chip are lent."""
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        memory: GuestMemory,
+        irqchip: IrqChip,
+        *,
+        vm: Vm | None = None,
+        native_vm: Any = None,
+    ) -> None:
+        self.config = config
+        self.memory = memory
+        self.irqchip = irqchip
+        self.vm = vm
+        pio = None if native_vm is None else lib.vmm_vm_pio(native_vm)
+        mmio = None if native_vm is None else lib.vmm_vm_mmio(native_vm)
+        self.pio = Bus("pio", 1 << 16, pio)
+        self.mmio = Bus("mmio", 1 << 64, mmio)
+        self.loop = lib.vmm_loop_create()
+        if self.loop == ffi.NULL:
+            raise HostError("The I/O thread could not be started", errno=ffi.errno)
+        self.devices: list[Device] = []
+        #: Undone in reverse order when the board closes.
+        self._cleanups: list[Callable[[], None]] = []
+        #: What the guest asked for, told to the machine: ("poweroff", 0), ("exit", status), …
+        self.on_end: Callable[[str, int], None] = lambda reason, status: None
+
+    def add(self, device: Device) -> Device:
+        """Take ownership of a device; it is closed with the board."""
+        if any(d.name == device.name for d in self.devices):
+            raise ValueError(f"two devices are called {device.name}")
+        self.devices.append(device)
+        return device
+
+    def defer(self, cleanup: Callable[[], None]) -> None:
+        """Run ``cleanup`` when the board closes, last registered first."""
+        self._cleanups.append(cleanup)
+
+    def find(self, name: str) -> Device | None:
+        return next((d for d in self.devices if d.name == name), None)
+
+    def close(self) -> None:
+        """No vCPU runs any more. Devices first (they stop their I/O), then the I/O thread."""
+        for device in reversed(self.devices):
+            device.close()
+        self.devices = []
+        if self.loop != ffi.NULL:
+            lib.vmm_loop_destroy(self.loop)
+            self.loop = ffi.NULL
+        while self._cleanups:
+            self._cleanups.pop()()
+
+
+class Notifier:
+    """Binds eventfds to guest addresses so that a doorbell costs no exit.
+
+    Without KVM nothing is bound: the transport's own write handler signals the eventfd.
+    """
+
+    def __init__(self, vm: Vm | None, *, any_length: bool = False) -> None:
+        self._vm = vm
+        #: KVM takes a zero-length match (any width, no data), which it decodes fastest.
+        self.any_length = any_length
+
+    def bind(self, fd: int, addr: int, size: int, datamatch: int | None = None) -> None:
+        if self._vm is not None:
+            self._vm.ioeventfd(fd, addr, size, datamatch=datamatch)
+
+    def unbind(self, fd: int, addr: int, size: int, datamatch: int | None = None) -> None:
+        if self._vm is not None:
+            self._vm.ioeventfd(fd, addr, size, datamatch=datamatch, assign=False)

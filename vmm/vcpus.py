@@ -1,0 +1,144 @@
+"""vCPU threads: C runs the guest, Python answers what C leaves over.
+
+A thread's body is a loop around vmm_vcpu_run (native/vcpu.c), which returns only for an event
+that is Python's. KVM_RUN, C devices, EINTR, pause and stop never touch the GIL.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from vmm._native import ffi, lib
+from vmm.errors import HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from vmm.kvm import Vcpu
+
+#: Entries of a vCPU's exit history (native/vcpu.c).
+HISTORY = 32
+MAX_COUNTS = 512
+
+
+class Registers:
+    """A vCPU's general registers by name (rax … r15, rip, rflags), read when made.
+
+    Assigning writes through to the vCPU. Only while the machine is paused or not running.
+    """
+
+    _vcpu: Vcpu
+    _raw: Any
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        object.__setattr__(self, "_vcpu", vcpu)
+        object.__setattr__(self, "_raw", vcpu.get("KVM_GET_REGS", "kvm_regs"))
+
+    def __getattr__(self, name: str) -> int:
+        try:
+            return int(getattr(self._raw, name))
+        except AttributeError:
+            raise AttributeError(f"no register {name!r}") from None
+
+    def __setattr__(self, name: str, value: int) -> None:
+        if name not in self.names():
+            raise AttributeError(f"no register {name!r}")
+        setattr(self._raw, name, value)
+        self._vcpu.set("KVM_SET_REGS", self._raw)
+
+    @staticmethod
+    def names() -> list[str]:
+        return [name for name, _ in ffi.typeof("struct kvm_regs").fields]
+
+    def as_dict(self) -> dict[str, int]:
+        return {name: int(getattr(self._raw, name)) for name in self.names()}
+
+    def __repr__(self) -> str:
+        return " ".join(f"{k}={v:#x}" for k, v in self.as_dict().items())
+
+
+class CpuThread:
+    """One vCPU and the thread that runs it. Owns the vCPU's descriptor and run area."""
+
+    def __init__(self, native_vm: Any, vcpu: Vcpu, run_size: int) -> None:
+        self.index = vcpu.index
+        self.vcpu = vcpu
+        self._native_vm = native_vm
+        self._native = lib.vmm_vcpu_create(native_vm, vcpu.fd, vcpu.index, run_size)
+        if self._native == ffi.NULL:
+            err = ffi.errno
+            raise HostError(f"The run area of vCPU {vcpu.index} could not be mapped: errno {err}")
+        self._thread: threading.Thread | None = None
+
+    def start(
+        self,
+        on_event: Callable[[int, Any], bool],
+        on_error: Callable[[BaseException], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        """Run the guest. ``on_event(index, event)`` answers a cold exit and returns whether to go
+        on; an exception of it goes to ``on_error``. ``on_end`` runs last, in any case."""
+
+        def body() -> None:
+            event = ffi.new("struct vmm_event *")
+            stopped = lib.VMM_EV_STOPPED
+            run = lib.vmm_vcpu_run
+            native = self._native
+            rc = lib.vmm_vcpu_enter(native)
+            try:
+                if rc:
+                    raise HostError(f"vCPU {self.index} already has a thread")
+                while run(native, event) != stopped and on_event(self.index, event):
+                    pass
+            except BaseException as e:
+                on_error(e)
+            finally:
+                lib.vmm_vcpu_leave(native)
+                on_end()
+
+        self._thread = threading.Thread(target=body, name=f"vmm-vcpu{self.index}", daemon=True)
+        self._thread.start()
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Whether the thread has ended (or never began)."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+            return not self._thread.is_alive()
+        return True
+
+    @property
+    def is_current(self) -> bool:
+        return self._thread is threading.current_thread()
+
+    @property
+    def regs(self) -> Registers:
+        """General registers; the machine must be paused or ended."""
+        return Registers(self.vcpu)
+
+    @property
+    def sregs(self) -> Any:
+        """struct kvm_sregs, as KVM has it now."""
+        return self.vcpu.get("KVM_GET_SREGS", "kvm_sregs")
+
+    def history(self) -> list[Any]:
+        """The last exits, oldest first: struct vmm_exit each."""
+        room = ffi.new("struct vmm_exit[]", HISTORY)
+        return list(room[0 : lib.vmm_vcpu_history(self._native, room, HISTORY)])
+
+    def counts(self) -> list[Any]:
+        """Exits by reason and address: struct vmm_exit_count each; empty unless counted."""
+        room = ffi.new("struct vmm_exit_count[]", MAX_COUNTS)
+        return list(room[0 : lib.vmm_vcpu_counts(self._native, room, MAX_COUNTS)])
+
+    @property
+    def exits(self) -> int:
+        """Exits handled so far."""
+        return int(lib.vmm_vcpu_exits(self._native))
+
+    def close(self) -> None:
+        if self._native != ffi.NULL:
+            lib.vmm_vcpu_destroy(self._native)
+            self._native = ffi.NULL
+        self.vcpu.close()
