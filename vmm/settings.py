@@ -1,0 +1,321 @@
+"""Every setting, once: flags, --help, the configuration file and the library's keywords.
+
+A row is read by vmm/cli/parse.py (the command line), vmm/cli/help.py (help and docs/cli.md) and
+vmm/config.py (MachineConfig and TOML). Add a row and, for a setting of the machine, the keyword
+in MachineConfig; a test compares them.
+"""
+
+from __future__ import annotations
+
+from vmm import values
+from vmm.errors import ConfigError
+from vmm.values import MIB
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+#: How a flag takes its value: not at all (a switch, with a --no- twin), always, or only as
+#: --flag=value.
+SWITCH, VALUE, OPTIONAL = "switch", "value", "optional"
+
+RUN = ("run",)
+NESTED = ("nested",)
+DOCTOR = ("doctor",)
+ALL = ("run", "nested", "doctor")
+
+
+class Setting:
+    """One row. ``dest`` is its name in Python and, with dashes or underscores, in TOML;
+    ``aliases`` are spellings of other tools that are understood too; ``path`` tells that a
+    relative value depends on the directory; ``machine`` that MachineConfig has it."""
+
+    __slots__ = (
+        "aliases", "choices", "commands", "default", "default_text", "dest", "flags", "group",
+        "help", "kind", "machine", "metavar", "parse", "path", "repeatable", "types",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        dest: str,
+        flags: str,
+        group: str,
+        help: str,
+        *,
+        parse: Callable[[str], object] = values.parse_text,
+        metavar: str = "",
+        kind: str = VALUE,
+        default: object = None,
+        default_text: str = "",
+        aliases: str = "",
+        choices: tuple[str, ...] = (),
+        repeatable: bool = False,
+        path: bool = False,
+        types: tuple[type, ...] = (str,),
+        commands: tuple[str, ...] = RUN,
+        machine: bool = True,
+    ) -> None:
+        self.dest = dest
+        self.flags = flags.split()
+        self.group = group
+        self.help = help
+        self.parse = parse
+        self.metavar = metavar
+        self.kind = kind
+        self.default = default
+        self.default_text = default_text
+        self.aliases = aliases.split()
+        self.choices = choices
+        self.repeatable = repeatable
+        self.path = path
+        self.types = (bool,) if kind == SWITCH else types
+        self.commands = commands
+        self.machine = machine and "run" in commands
+
+    @property
+    def name(self) -> str:
+        """The flag that messages use: the long one."""
+        return next(flag for flag in self.flags if flag.startswith("--"))
+
+    def read(self, text: str, flag: str = "") -> object:
+        """One value from text; the sentence of a ConfigError begins with ``flag`` and the text."""
+        try:
+            if self.choices and text not in self.choices:
+                raise ValueError(f"must be one of {', '.join(self.choices)}")
+            return self.parse(text)
+        except ValueError as e:
+            raise ConfigError(f"{flag or self.name} {text}: {e}") from None
+
+    def accept(self, value: object) -> object:
+        """One value given from Python: text as on the command line, or one of ``types``."""
+        if value is None and self.default is None:
+            return None
+        if isinstance(value, str):
+            return self.read(value) if self.kind != SWITCH else self._refuse(value)
+        fspath = getattr(value, "__fspath__", None)
+        if fspath is not None and str in self.types and (self.path or self.repeatable):
+            # A path object is a file, whatever it is called: a comma, or a target's name.
+            path = str(fspath())
+            if path in values.TARGETS:
+                path = "./" + path
+            return self.read(path.replace(",", ",,") if self.dest == "disks" else path)
+        if isinstance(value, self.types) and (type(value) is not bool or bool in self.types):
+            return value
+        return self._refuse(value)
+
+    def _refuse(self, value: object) -> object:
+        wanted = " or ".join(t.__name__ for t in self.types)
+        raise ConfigError(f"{self.dest}: expected {wanted}, not {value!r}")
+
+    def accept_all(self, value: object) -> object:
+        """A whole setting given from Python: for a repeatable one a list, or one item."""
+        if not self.repeatable:
+            return self.accept(value)
+        items = list(value) if isinstance(value, (list, tuple)) else [value]
+        return [self.accept(item) for item in items]
+
+    def initial(self) -> object:
+        """A fresh default."""
+        return [] if self.repeatable else self.default
+
+
+SETTINGS = (
+    # ---- what boots
+    Setting(
+        "kernel", "-k --kernel", "Boot",
+        "The kernel or payload to boot: a bzImage, an ELF vmlinux (64-bit or PVH entry, "
+        "compressed or not), a multiboot payload, or flat code.",
+        parse=values.parse_path, metavar="FILE", path=True, aliases="--kimg -kernel",
+    ),
+    Setting(
+        "initrds", "-i --initrd", "Boot",
+        "An initial RAM disk. Several are joined in the order given, as the kernel allows; for a "
+        "multiboot payload each is a module.",
+        parse=values.parse_path, metavar="FILE", path=True, repeatable=True, aliases="-initrd",
+    ),
+    Setting(
+        "append", "-a --append", "Boot",
+        "Text to add to the kernel's command line, after what vmm puts there, so that it has the "
+        "last word.",
+        metavar="TEXT", repeatable=True, aliases="--params -append",
+    ),
+    Setting(
+        "default_append", "--default-append", "Boot",
+        "Put the console, panic and reboot options that a run needs on the kernel's command "
+        "line. With --no-default-append the line is exactly what --append says.",
+        kind=SWITCH, default=True,
+    ),
+    Setting(
+        "boot", "--boot", "Boot",
+        "How to enter the kernel, when what the file looks like is not what is wanted.",
+        choices=("auto", "bzimage", "elf", "pvh", "multiboot", "flat"), default="auto",
+        metavar="PROTOCOL",
+    ),
+    # ---- the machine
+    Setting(
+        "memory", "-m --memory", "Machine",
+        "RAM of the guest; a plain number is MiB.",
+        parse=values.parse_size, metavar="SIZE", default=512 * MIB, default_text="512M",
+        types=(str, int), aliases="--mem",
+    ),
+    Setting(
+        "cpus", "-c -p --cpus", "Machine",
+        "Number of vCPUs. (-p is the number of vCPUs as in virtme-ng; kvmtool's -p is --append "
+        "here.)",
+        parse=values.parse_cpus, metavar="N", default=1, types=(int, str),
+        aliases="-smp --smp",
+    ),
+    Setting(
+        "cpu", "--cpu", "Machine",
+        "What CPU the guest sees: the host's as KVM supports it, with features added or taken "
+        "away, as in host,-x2apic,+pcid.",
+        parse=values.parse_cpu, metavar="host[,±FEATURE...]", default="host",
+    ),
+    Setting(
+        "transport", "--transport", "Machine",
+        "The bus virtio devices sit on.",
+        choices=("pci", "mmio"), default="pci", metavar="BUS",
+    ),
+    Setting(
+        "acpi", "--acpi", "Machine",
+        "Describe the machine by ACPI tables; without them there is no PCI configuration, "
+        "power-off or power button for the guest to find.",
+        kind=SWITCH, default=True,
+    ),
+    Setting(
+        "memory_backing", "--memory-backing", "Machine",
+        "Where guest RAM comes from: anonymous private memory, a memfd that other processes can "
+        "share, or huge pages of the host's pool. auto takes what the machine needs.",
+        choices=("auto", "anon", "memfd", "hugetlb"), default="auto", metavar="KIND",
+    ),
+    Setting(
+        "hugepages", "--hugepages", "Machine",
+        "The same as --memory-backing hugetlb.",
+        kind=SWITCH, default=False,
+    ),
+    Setting(
+        "prefault", "--prefault", "Machine",
+        "Touch all guest RAM before the start, so that the guest never waits for the host's "
+        "memory.",
+        kind=SWITCH, default=False,
+    ),
+    Setting(
+        "name", "--name", "Machine",
+        "A name for the machine, in messages and thread names.",
+        metavar="NAME", default="vmm",
+    ),
+    # ---- devices
+    Setting(
+        "disks", "-d --disk", "Devices",
+        "A disk (virtio-blk) on a raw image or block device. ro: the guest may not write; "
+        "serial=ID: up to 20 characters the guest can find it by; direct: pass by the host's "
+        "page cache. A comma in a name is written twice. The first is /dev/vda.",
+        parse=values.parse_disk, metavar="PATH[,ro][,serial=ID][,direct]", repeatable=True,
+        path=True, types=(str, values.DiskSpec),
+    ),
+    Setting(
+        "rng", "--rng", "Devices",
+        "A virtio source of random numbers.",
+        kind=SWITCH, default=True,
+    ),
+    Setting(
+        "pvpanic", "--pvpanic", "Devices",
+        "A pvpanic device, by which a guest kernel says that it panicked.",
+        kind=SWITCH, default=True,
+    ),
+    Setting(
+        "testdev", "--testdev", "Devices",
+        "The ports that payload guests written for QEMU expect: pc-testdev, isa-debug-exit "
+        "(0xf4) and fw_cfg (0x510).",
+        kind=SWITCH, default=False,
+    ),
+    # ---- consoles
+    Setting(
+        "serial", "--serial", "Console",
+        "Where the first serial port (ttyS0) ends: stdio, pty, none (no port), buffer (kept in "
+        "memory only) or a file to write to.",
+        parse=values.parse_target, metavar="TARGET", default="buffer", path=True,
+        default_text="stdio, unless --console is; in the library, buffer", aliases="-serial",
+    ),
+    Setting(
+        "console", "--console", "Console",
+        "Where the virtio console (hvc0) ends, by the same words. When there is one it is the "
+        "kernel's main console.",
+        parse=values.parse_target, metavar="TARGET", default="none", path=True,
+    ),
+    Setting(
+        "console_limit", "--console-limit", "Console",
+        "How large a file written by --serial or --console may grow; what comes after is "
+        "counted, not kept.",
+        parse=values.parse_size, metavar="SIZE", default=64 * MIB, default_text="64M",
+        types=(str, int),
+    ),
+    # ---- the run
+    Setting(
+        "accel", "--accel", "Run",
+        "kvm: use this host's /dev/kvm. nested: boot an appliance that has a true /dev/kvm and "
+        "run in it, slower. auto: nested only when this host's KVM is missing or cannot run "
+        "the kernel given.",
+        choices=("auto", "kvm", "nested"), default="auto", metavar="HOW", machine=False,
+        aliases="-accel",
+    ),
+    Setting(
+        "timeout", "--timeout", "Run",
+        "Give up after so many seconds (or 90s, 5m, 1h) with status 124; 0 is never.",
+        parse=values.parse_duration, metavar="TIME", default=None, default_text="never",
+        types=(str, int, float),
+    ),
+    Setting(
+        "config", "--config", "Run",
+        "Read settings from a TOML file first: the long names below, without dashes in front "
+        "(memory = \"1G\", disk = [\"root.img\"]). Flags have the last word; repeatable ones add "
+        "to the file's. Relative paths in the file start at its directory.",
+        parse=values.parse_path, metavar="FILE", machine=False,
+    ),
+    # ---- looking inside
+    Setting(
+        "dry_run", "--dry-run", "Inspection",
+        "Print the machine that would be built (memory map, command line, devices with addresses "
+        "and interrupts, CPU) and stop. Needs no /dev/kvm. --dry-run=json for programs.",
+        kind=OPTIONAL, metavar="FORMAT", choices=("text", "json"), machine=False,
+    ),
+    Setting(
+        "debug_exits", "--debug-exits", "Inspection",
+        "At the end, print where the guest's exits went: reason, port or address, how many, and "
+        "how many of them Python answered.",
+        kind=SWITCH, default=False,
+    ),
+    Setting(
+        "verbose", "-v --verbose", "Inspection",
+        "Say more on stderr about what is being done.",
+        kind=SWITCH, default=False, machine=False, commands=("run", "nested"),
+    ),
+    Setting(
+        "quiet", "-q --quiet", "Inspection",
+        "Say nothing on stderr but errors.",
+        kind=SWITCH, default=False, machine=False, commands=("run", "nested"),
+    ),
+    Setting(
+        "help", "-h --help", "Inspection",
+        "Print this and exit.",
+        kind=SWITCH, default=False, machine=False, commands=ALL,
+    ),
+)  # fmt: skip
+
+
+def of_command(command: str) -> list[Setting]:
+    """The rows of a sub-command, in the table's order."""
+    return [row for row in SETTINGS if command in row.commands]
+
+
+def machine_settings() -> list[Setting]:
+    """The rows that MachineConfig has."""
+    return [row for row in SETTINGS if row.machine]
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`` Did you mean X?`` for the closest known word, or nothing when none is close."""
+    import difflib
+
+    match = difflib.get_close_matches(word, list(known), 1, 0.6)
+    return f" Did you mean {match[0]}?" if match else ""
