@@ -30,6 +30,7 @@ HIGH_RAM_BASE = 1 << 32
 
 # The first MiB. Boot data lies between BOOT_DATA and EBDA and is free again once the guest runs.
 GDT = 0x500
+GDT_SIZE = 0x100
 FLAT_LOAD = 0x7C00
 START_INFO = 0x6000
 START_INFO_SIZE = 0x1000
