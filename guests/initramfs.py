@@ -18,12 +18,12 @@ from vmm.nested.modules import ModuleTree, module_name, read_module
 
 BUILD = Path(__file__).resolve().parent.parent / "build" / "initramfs"
 
-APPLETS = (
+APPLETS = (  # by their names in busybox
     "ash awk cat chmod cmp cp cut date dd dmesg echo env free grep halt head hexdump hostname id "
     "insmod kill ln ls lsmod md5sum mkdir mknod mount mv nproc od poweroff printf ps reboot rm sed "
     "seq setsid sh sha256sum sleep sort stat stty switch_root sync tail test time touch tr true "
     "false umount uname wc cttyhack"
-).split()
+)
 
 #: What makes virtio devices appear on the cloud kernel.
 VIRTIO_MODULES = ("virtio_pci", "virtio_mmio", "virtio_blk", "virtio_console", "virtio_rng")
@@ -57,7 +57,7 @@ def build(script: str, kernel: KernelTree, modules: tuple[str, ...] = VIRTIO_MOD
     need, and runs ``script`` (busybox sh). Returns its path; built once per content."""
     paths = ModuleTree(kernel.modules_dir).resolve(list(modules))
     init = INIT.replace("{script}", script)
-    key = hashlib.sha256("\0".join([init, *paths, *APPLETS, str(busybox())]).encode()).hexdigest()
+    key = hashlib.sha256("\0".join([init, *paths, APPLETS, str(busybox())]).encode()).hexdigest()
     target = BUILD / f"{key[:16]}.cpio"
     if target.exists():
         return target
@@ -69,7 +69,7 @@ def build(script: str, kernel: KernelTree, modules: tuple[str, ...] = VIRTIO_MOD
             cpio.add_dir(name)
         cpio.add_node("dev/console", S_IFCHR | 0o600, 5, 1)
         cpio.add_file("bin/busybox", busybox().read_bytes(), 0o755)
-        for applet in APPLETS:
+        for applet in APPLETS.split():
             cpio.add_symlink(f"bin/{applet}", "busybox")
         names = [module_name(path) + ".ko" for path in paths]
         cpio.add_file("modules", "\n".join(names).encode())
