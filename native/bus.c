@@ -111,3 +111,8 @@ int vmm_bus_access(struct vmm_bus *bus, uint64_t addr, uint32_t size, uint8_t *d
 	pthread_rwlock_unlock(&bus->lock);
 	return rc;
 }
+
+int vmm_dev_access(struct vmm_dev *dev, uint64_t offset, uint32_t size, uint8_t *data, int is_write)
+{
+	return dev->access(dev, offset, size, data, is_write);
+}

@@ -49,6 +49,9 @@ int vmm_bus_add(struct vmm_bus *bus, uint64_t base, uint64_t size, struct vmm_de
 int vmm_bus_remove(struct vmm_bus *bus, uint64_t base);
 /* 0 when C answered, 1 when the access is Python's (or nobody's). */
 int vmm_bus_access(struct vmm_bus *bus, uint64_t addr, uint32_t size, uint8_t *data, int is_write);
+/* The same for one device, whatever bus it is on; data has room for 8 bytes. */
+int vmm_dev_access(struct vmm_dev *dev, uint64_t offset, uint32_t size, uint8_t *data,
+		   int is_write);
 
 /* ---- interrupts --------------------------------------------------------------------------- */
 
@@ -60,7 +63,7 @@ struct vmm_irq;
 struct vmm_irq *vmm_irq_create(int kind, int fd, uint32_t gsi); /* fd is borrowed */
 void vmm_irq_destroy(struct vmm_irq *irq);
 void vmm_irq_set(struct vmm_irq *irq, int level); /* LINE and NONE; EVENTFD: rising edge pulses */
-void vmm_irq_pulse(struct vmm_irq *irq);          /* EVENTFD: signal; LINE: raise */
+void vmm_irq_pulse(struct vmm_irq *irq);          /* EVENTFD: signal; LINE: raise; NONE: count */
 uint64_t vmm_irq_count(const struct vmm_irq *irq); /* rising edges or pulses so far */
 int vmm_irq_level(const struct vmm_irq *irq);
 

@@ -67,12 +67,13 @@ void vmm_irq_set(struct vmm_irq *irq, int level)
 
 void vmm_irq_pulse(struct vmm_irq *irq)
 {
-	if (irq->kind == VMM_IRQ_EVENTFD) {
-		atomic_fetch_add(&irq->count, 1);
-		signal_fd(irq->fd);
-	} else {
+	if (irq->kind == VMM_IRQ_LINE) {
 		vmm_irq_set(irq, 1);
+		return;
 	}
+	atomic_fetch_add(&irq->count, 1);
+	if (irq->kind == VMM_IRQ_EVENTFD)
+		signal_fd(irq->fd);
 }
 
 uint64_t vmm_irq_count(const struct vmm_irq *irq)

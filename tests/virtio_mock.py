@@ -1,0 +1,261 @@
+"""The driver side of virtio, for tests: speaks to a device through Bus.read and Bus.write only,
+and lays rings and buffers into a GuestMemory. What it does by default a correct driver does;
+every step can be done wrongly through the same pieces (``regs``, ``Queue.write_desc``...)."""
+
+from __future__ import annotations
+
+import struct
+import time
+
+from vmm.bus import Bus
+from vmm.memory import GuestMemory
+
+ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, FAILED = 1, 2, 4, 8, 64, 128
+VERSION_1 = 1 << 32
+INDIRECT_DESC = 1 << 28
+EVENT_IDX = 1 << 29
+NEXT, WRITE, INDIRECT = 1, 2, 4
+
+
+class MmioRegs:
+    """virtio-mmio's registers. virtio-v1.3 §4.2.2."""
+
+    def __init__(self, bus: Bus, base: int) -> None:
+        self.bus = bus
+        self.base = base
+
+    def r(self, reg: int) -> int:
+        return self.bus.read(self.base + reg, 4)
+
+    def w(self, reg: int, value: int) -> None:
+        self.bus.write(self.base + reg, 4, value)
+
+    def device_id(self) -> int:
+        assert self.r(0) == 0x74726976
+        assert self.r(4) == 2
+        return self.r(8)
+
+    @property
+    def status(self) -> int:
+        return self.r(0x70)
+
+    @status.setter
+    def status(self, value: int) -> None:
+        self.w(0x70, value)
+
+    def features(self) -> int:
+        value = 0
+        for sel in (0, 1):
+            self.w(0x14, sel)
+            value |= self.r(0x10) << (32 * sel)
+        return value
+
+    def accept(self, features: int) -> None:
+        for sel in (0, 1):
+            self.w(0x24, sel)
+            self.w(0x20, features >> (32 * sel) & 0xFFFF_FFFF)
+
+    def queue_max(self, queue: int) -> int:
+        self.w(0x30, queue)
+        return self.r(0x34)
+
+    def set_queue(self, queue: int, size: int, desc: int, driver: int, device: int) -> None:
+        self.w(0x30, queue)
+        self.w(0x38, size)
+        for reg, addr in ((0x80, desc), (0x90, driver), (0xA0, device)):
+            self.w(reg, addr & 0xFFFF_FFFF)
+            self.w(reg + 4, addr >> 32)
+
+    def enable(self, queue: int) -> bool:
+        self.w(0x30, queue)
+        self.w(0x44, 1)
+        return self.r(0x44) == 1
+
+    def notify(self, queue: int) -> None:
+        self.w(0x50, queue)
+
+    def interrupts(self) -> int:
+        """ISR bits, cleared."""
+        bits = self.r(0x60)
+        self.w(0x64, bits)
+        return bits
+
+    def config(self, offset: int, size: int) -> int:
+        return self.bus.read(self.base + 0x100 + offset, size)
+
+    def set_config(self, offset: int, size: int, value: int) -> None:
+        self.bus.write(self.base + 0x100 + offset, size, value)
+
+    def generation(self) -> int:
+        return self.r(0xFC)
+
+
+class Queue:
+    """One split queue as its driver keeps it. virtio-v1.3 §2.7."""
+
+    def __init__(self, driver: Driver, index: int, size: int) -> None:
+        self.driver = driver
+        self.memory = driver.memory
+        self.index = index
+        self.size = size
+        self.desc = driver.alloc(16 * size, 16)
+        self.avail = driver.alloc(6 + 2 * size, 2)
+        self.used = driver.alloc(6 + 8 * size, 4)
+        self.free = list(range(size))
+        self.avail_idx = 0
+        self.seen = 0
+        #: head -> (descriptors to free, [(address, length) the device may write])
+        self.pending: dict[int, tuple[list[int], list[tuple[int, int]]]] = {}
+
+    def write_desc(self, at: int, addr: int, length: int, flags: int, nxt: int = 0) -> None:
+        self.memory.write(self.desc + 16 * at, struct.pack("<QIHH", addr, length, flags, nxt))
+
+    def add(self, readable: list[bytes], writable: list[int], *, indirect: bool = False) -> int:
+        """Make one chain available (without a kick); returns its head."""
+        parts = []
+        for data in readable:
+            addr = self.driver.alloc(max(1, len(data)))
+            self.memory.write(addr, data)
+            parts.append((addr, len(data), 0))
+        parts += [(self.driver.alloc(max(1, length)), length, WRITE) for length in writable]
+        if indirect:
+            table = self.driver.alloc(16 * len(parts), 16)
+            for i, (addr, length, flags) in enumerate(parts):
+                last = i == len(parts) - 1
+                entry = (addr, length, flags | (0 if last else NEXT), 0 if last else i + 1)
+                self.memory.write(table + 16 * i, struct.pack("<QIHH", *entry))
+            slots = [self.free.pop(0)]
+            self.write_desc(slots[0], table, 16 * len(parts), INDIRECT)
+        else:
+            slots = [self.free.pop(0) for _ in parts]
+            for i, (addr, length, flags) in enumerate(parts):
+                last = i == len(parts) - 1
+                self.write_desc(
+                    slots[i],
+                    addr,
+                    length,
+                    flags | (0 if last else NEXT),
+                    0 if last else slots[i + 1],
+                )
+        self.pending[slots[0]] = (slots, [(a, n) for a, n, f in parts if f & WRITE])
+        self.offer(slots[0])
+        return slots[0]
+
+    def offer(self, head: int) -> None:
+        """Put a head into the available ring."""
+        self.memory.write_int(self.avail + 4 + 2 * (self.avail_idx % self.size), head, 2)
+        self.avail_idx = (self.avail_idx + 1) & 0xFFFF
+        self.memory.write_int(self.avail + 2, self.avail_idx, 2)
+
+    def kick(self) -> None:
+        self.driver.regs.notify(self.index)
+
+    @property
+    def used_idx(self) -> int:
+        return self.memory.read_int(self.used + 2, 2)
+
+    def take(self) -> tuple[int, int, bytes] | None:
+        """The next used element: (head, length, what the device wrote). Checks what every device
+        owes: the head was available, and no more was written than there was room."""
+        if self.used_idx == self.seen:
+            return None
+        head, length = struct.unpack(
+            "<II", self.memory.read(self.used + 4 + 8 * (self.seen % self.size), 8)
+        )
+        self.seen = (self.seen + 1) & 0xFFFF
+        assert head in self.pending, f"used head {head} was not available"
+        slots, buffers = self.pending.pop(head)
+        self.free += slots
+        assert length <= sum(n for _, n in buffers), f"{length} bytes used of {buffers}"
+        data = b"".join(self.memory.read(addr, n) for addr, n in buffers)
+        return head, length, data[:length]
+
+    def wait(self, timeout: float = 5.0) -> tuple[int, int, bytes]:
+        """``take``, waiting for it."""
+        deadline = time.monotonic() + timeout
+        while True:
+            got = self.take()
+            if got is not None:
+                return got
+            assert time.monotonic() < deadline, f"queue {self.index}: nothing used in {timeout} s"
+            time.sleep(0.0005)
+
+    def request(self, readable: list[bytes], writable: list[int]) -> tuple[int, bytes]:
+        """One chain there and back: (length, data)."""
+        head = self.add(readable, writable)
+        self.kick()
+        got, length, data = self.wait()
+        assert got == head
+        return length, data
+
+
+class Driver:
+    """A driver on either transport: ``regs`` is MmioRegs or PciRegs."""
+
+    def __init__(
+        self, regs: MmioRegs, memory: GuestMemory, *, first: int = 0x1_0000, end: int = 0
+    ) -> None:
+        """Allocates from ``memory`` between ``first`` and ``end`` (default: end of range 0)."""
+        self.regs = regs
+        self.memory = memory
+        self.next = first
+        self.end = end or memory.ranges[0].gpa + memory.ranges[0].size
+        self.queues: dict[int, Queue] = {}
+
+    def alloc(self, size: int, align: int = 16) -> int:
+        at = (self.next + align - 1) // align * align
+        assert at + size <= self.end, "the test's guest memory is used up"
+        self.next = at + size
+        return at
+
+    def negotiate(self, wanted: int = (1 << 64) - 1) -> int:
+        """Reset to FEATURES_OK; returns what was accepted. virtio-v1.3 §3.1.1."""
+        self.regs.status = 0
+        assert self.regs.status == 0
+        self.regs.status = ACKNOWLEDGE
+        self.regs.status = ACKNOWLEDGE | DRIVER
+        features = self.regs.features() & wanted
+        self.regs.accept(features)
+        self.regs.status = ACKNOWLEDGE | DRIVER | FEATURES_OK
+        assert self.regs.status == ACKNOWLEDGE | DRIVER | FEATURES_OK
+        return features
+
+    def setup_queue(self, index: int, size: int = 0) -> Queue:
+        """Lay out and enable one queue; ``size`` 0 is the device's maximum."""
+        queue = Queue(self, index, size or self.regs.queue_max(index))
+        self.regs.set_queue(index, queue.size, queue.desc, queue.avail, queue.used)
+        assert self.regs.enable(index)
+        self.queues[index] = queue
+        return queue
+
+    def start(self, queues: int = 0, *, size: int = 0, wanted: int = (1 << 64) - 1) -> int:
+        """All of it, with the first ``queues`` queues (0: all there are); returns features."""
+        features = self.negotiate(wanted)
+        index = 0
+        while (not queues or index < queues) and self.regs.queue_max(index):
+            self.setup_queue(index, size and min(size, self.regs.queue_max(index)))
+            index += 1
+        self.regs.status = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
+        assert self.regs.status & DRIVER_OK
+        return features
+
+    def reset(self) -> None:
+        self.regs.status = 0
+        assert self.regs.status == 0
+        self.queues.clear()
+
+
+class FakeIoEventFd:
+    """Remembers what is bound; ``hit`` does what the kernel would do with a write."""
+
+    any_length = True
+
+    def __init__(self) -> None:
+        self.bound: set[tuple[int, int, int, int | None]] = set()
+
+    def bind(self, fd: int, addr: int, size: int, datamatch: int | None = None) -> None:
+        assert (fd, addr, size, datamatch) not in self.bound
+        self.bound.add((fd, addr, size, datamatch))
+
+    def unbind(self, fd: int, addr: int, size: int, datamatch: int | None = None) -> None:
+        self.bound.remove((fd, addr, size, datamatch))
