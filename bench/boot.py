@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from guests.fetch import fetch
+from tests.linux import can_boot_linux as can_boot_linux
 from vmm.nested.cpio import S_IFCHR, CpioWriter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,12 +33,6 @@ MEMORY_MIB = 512
 DEADLINE_S = 120
 
 Argv = Callable[[str, str], list[str]]
-
-
-def can_boot_linux() -> bool:
-    """A usable /dev/kvm on a CPU whose virtualization extension shows."""
-    flags = Path("/proc/cpuinfo").read_text().split()
-    return os.access("/dev/kvm", os.R_OK | os.W_OK) and ("vmx" in flags or "svm" in flags)
 
 
 def prepare() -> tuple[str, str, str]:

@@ -81,11 +81,16 @@ def build(script: str, kernel: KernelTree, modules: tuple[str, ...] = VIRTIO_MOD
     return target
 
 
+def kernel_tree() -> KernelTree:
+    """The stock cloud kernel that Linux guests boot."""
+    return fetch_debian_kernel("cloud-amd64")
+
+
 def main() -> int:
     if len(sys.argv) != 2 or sys.argv[1] not in SCRIPTS:
         print(f"usage: python -m guests.initramfs {'|'.join(SCRIPTS)}", file=sys.stderr)
         return 2
-    print(build(SCRIPTS[sys.argv[1]], fetch_debian_kernel("cloud-amd64")))
+    print(build(SCRIPTS[sys.argv[1]], kernel_tree()))
     return 0
 
 
