@@ -97,11 +97,8 @@ class MachineConfig:
                 raise _unknown_keyword(word)
             if not self.timeout:
                 self.timeout = None
-
-    @property
-    def backing(self) -> str:
-        """Where RAM comes from, with ``hugepages`` taken into account."""
-        return "hugetlb" if self.hugepages else self.memory_backing
+            if self.hugepages and self.memory_backing == "auto":
+                self.memory_backing = "hugetlb"
 
     @property
     def command_line(self) -> str:
@@ -180,9 +177,9 @@ def _memory_problems(config: MachineConfig) -> list[str]:
     text = f"--memory {values.format_size(config.memory)}" if config.memory >= 0 else "--memory"
     if not MEMORY_MIN <= config.memory <= MEMORY_MAX:
         return [f"{text}: RAM must be from 1M to {values.format_size(MEMORY_MAX)}."]
-    if config.hugepages and config.memory_backing not in ("auto", "hugetlb"):
+    if config.hugepages and config.memory_backing != "hugetlb":
         return [f"--hugepages and --memory-backing {config.memory_backing} contradict each other."]
-    unit = HUGE_PAGE if config.backing == "hugetlb" else PAGE
+    unit = HUGE_PAGE if config.memory_backing == "hugetlb" else PAGE
     if config.memory % unit:
         return [f"{text}: RAM must be a multiple of {values.format_size(unit)}."]
     return []

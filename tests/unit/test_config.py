@@ -159,6 +159,12 @@ def test_to_argv_is_absolute_and_minimal(tmp_path: Path, monkeypatch: pytest.Mon
     ]
 
 
+def test_hugepages_is_short_for_a_backing() -> None:
+    config = MachineConfig(kernel="k", hugepages=True)
+    assert config.memory_backing == "hugetlb"
+    assert config.validate().to_argv()[1:] == ["--memory-backing=hugetlb", "--hugepages"]
+
+
 def test_replace_and_repr() -> None:
     config = MachineConfig(kernel="k", memory="1G")
     other = config.replace(cpus=2)
@@ -179,7 +185,7 @@ def test_toml(tmp_path: Path) -> None:
     config = MachineConfig(**loaded)
     assert config.kernel == f"{tmp_path}/boot/vmlinuz"
     assert config.memory == 256 * MIB
-    assert config.backing == "memfd"
+    assert config.memory_backing == "memfd"
     assert config.disks == [DiskSpec(f"{tmp_path}/a.img", read_only=True), DiskSpec("/b")]
     assert (config.rng, config.timeout, config.console) == (False, 2.5, "pty")
 
