@@ -1,0 +1,99 @@
+/* Serving a virtqueue: drain until empty, one interrupt, and never let a guest that keeps adding
+ * hold the I/O thread. */
+#include "service.h"
+
+#include <errno.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+/* Chains served before other sources get a turn. */
+#define BUDGET 256
+
+static void kick(int fd)
+{
+	const uint64_t one = 1;
+
+	while (write(fd, &one, sizeof(one)) < 0 && errno == EINTR)
+		;
+}
+
+void vmm_service_notify(struct vmm_service *s)
+{
+	if (vmm_vq_should_notify(s->vq))
+		vmm_virtio_notify(s->virtio, s->index);
+	if (vmm_vq_broken(s->vq))
+		vmm_virtio_fail(s->virtio);
+}
+
+void vmm_service_run(struct vmm_service *s)
+{
+	int left = BUDGET, rc;
+
+	if (!s->vq)
+		return;
+	/* No kicks while we look anyway. Also not while we wait: the device wakes us. */
+	vmm_vq_disable_kicks(s->vq);
+	for (;;) {
+		if (!left--) {
+			kick(s->source.fd);
+			break;
+		}
+		rc = s->serve(s);
+		if (rc == VMM_VQ_CHAIN)
+			continue;
+		if (rc != VMM_VQ_EMPTY || !vmm_vq_enable_kicks(s->vq))
+			break;
+		vmm_vq_disable_kicks(s->vq);
+	}
+	vmm_service_notify(s);
+}
+
+static void ready(struct vmm_source *source, uint32_t epoll_events)
+{
+	struct vmm_service *s = (struct vmm_service *)source; /* its first member */
+	uint64_t kicks;
+
+	(void)epoll_events;
+	if (read(source->fd, &kicks, sizeof(kicks)) == sizeof(kicks))
+		vmm_service_run(s);
+}
+
+int vmm_service_start(struct vmm_service *s, const struct vmm_service_config *config)
+{
+	int rc;
+
+	if (s->vq)
+		return -EBUSY;
+	s->vq = vmm_vq_create(config->mem, &config->vq);
+	if (!s->vq)
+		return -errno;
+	s->virtio = config->virtio;
+	s->index = config->index;
+	s->source.fd = config->kick_fd;
+	s->source.ready = ready;
+	rc = vmm_loop_add(s->loop, &s->source, EPOLLIN);
+	if (rc) {
+		vmm_vq_destroy(s->vq);
+		s->vq = NULL;
+		return rc;
+	}
+	kick(s->source.fd);
+	return 0;
+}
+
+static void forget(void *arg)
+{
+	struct vmm_service *s = arg;
+
+	vmm_vq_destroy(s->vq);
+	s->vq = NULL;
+}
+
+void vmm_service_stop(struct vmm_service *s)
+{
+	if (!s->vq)
+		return;
+	vmm_loop_remove(s->loop, &s->source);
+	/* On the I/O thread, as other sources of the device may be looking at the queue there. */
+	vmm_loop_call(s->loop, forget, s);
+}

@@ -1,0 +1,45 @@
+/* One virtqueue served by an I/O thread: from the kick to the interrupt. */
+#ifndef VMM_SERVICE_H
+#define VMM_SERVICE_H
+
+#include "ring.h"
+#include "virtio.h"
+
+/* cdef: begin */
+
+/* What a device needs to begin on one queue. kick_fd is borrowed until the service stops. */
+struct vmm_service_config {
+	struct vmm_vq_config vq;
+	const struct vmm_mem *mem;
+	struct vmm_virtio *virtio;
+	uint32_t index;
+	int kick_fd;
+};
+
+/* cdef: end */
+
+#define VMM_SERVICE_WAIT (-1)
+
+/* A device embeds one per queue and sets `loop` and `serve`. All of it belongs to the I/O thread
+ * from start to stop. */
+struct vmm_service {
+	struct vmm_source source;
+	struct vmm_loop *loop;
+	struct vmm_virtio *virtio;
+	struct vmm_vq *vq; /* NULL while stopped */
+	uint32_t index;
+	/* Takes one chain: what vmm_vq_pop() said, or VMM_SERVICE_WAIT without having tried:
+	 * the device has no room (or nothing to give) and calls vmm_service_run() once it has. */
+	int (*serve)(struct vmm_service *s);
+};
+
+/* 0 or -errno. Chains that are there already are served without a kick. */
+int vmm_service_start(struct vmm_service *s, const struct vmm_service_config *config);
+/* After this returns the I/O thread does not touch the queue. Harmless when not started. */
+void vmm_service_stop(struct vmm_service *s);
+/* On the I/O thread: serves what there is, then interrupts at most once. */
+void vmm_service_run(struct vmm_service *s);
+/* On the I/O thread: tells the driver about pushes, or of a broken queue. */
+void vmm_service_notify(struct vmm_service *s);
+
+#endif

@@ -1,0 +1,383 @@
+"""Both device sides of the split ring, by one suite: virtio-v1.3 §2.7."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.virtio_ring import EVENT_IDX, INDIRECT, DriverRing, NativeQueue, device_side
+from vmm._native import ffi, lib
+from vmm.devices.virtio.queue import (
+    DESC_F_INDIRECT,
+    DESC_F_NEXT,
+    DESC_F_WRITE,
+    VERDICTS,
+    Queue,
+)
+from vmm.memory import GuestMemory
+
+RAM = 0x40000
+HIGH = 1 << 32
+BUF = 0x10000
+TABLE = 0x20000
+W = DESC_F_WRITE
+N = DESC_F_NEXT
+IND = DESC_F_INDIRECT
+
+Device = Queue | NativeQueue
+
+
+@pytest.fixture
+def memory() -> Iterator[GuestMemory]:
+    """Two ranges with a hole between them."""
+    m = GuestMemory([(0, RAM), (HIGH, RAM)])
+    yield m
+    m.close()
+
+
+@pytest.fixture(params=["python", "c"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def ring(memory: GuestMemory) -> DriverRing:
+    return DriverRing(memory, 8)
+
+
+def test_verdict_names_agree() -> None:
+    names = [ffi.string(lib.vmm_vq_verdict_name(i)).decode() for i in range(lib.VMM_VQ_NR_VERDICTS)]
+    assert names == list(VERDICTS)
+
+
+def test_takes_a_chain_in_order(ring: DriverRing, kind: str) -> None:
+    q = device_side(kind, ring)
+    assert q.pop() is None
+    assert q.verdict == "empty"
+    head = ring.add([(BUF, 16), (BUF + 64, 512)], [(HIGH, 4096), (BUF + 0x1000, 1)])
+    chain = q.pop()
+    assert chain is not None
+    assert chain.head == head
+    assert chain.readable == [(BUF, 16), (BUF + 64, 512)]
+    assert chain.writable == [(HIGH, 4096), (BUF + 0x1000, 1)]
+    assert (chain.read_len, chain.write_len) == (528, 4097)
+    assert q.inflight == 1
+    q.push(chain, 4097)
+    assert ring.reap() == [(head, 4097)]
+    assert q.inflight == 0
+    assert q.pop() is None
+
+
+def test_used_len_never_exceeds_what_is_writable(ring: DriverRing, kind: str) -> None:
+    q = device_side(kind, ring)
+    ring.add([(BUF, 16)], [(BUF + 64, 10)])
+    chain = q.pop()
+    assert chain is not None
+    q.push(chain, 1 << 40)
+    assert ring.reap()[0][1] == 10
+
+
+def test_a_head_completes_once(ring: DriverRing, kind: str) -> None:
+    q = device_side(kind, ring)
+    head = ring.add([(BUF, 16)], [])
+    chain = q.pop()
+    assert chain is not None
+    q.push(chain, 0)
+    q.push(chain, 0)
+    assert ring.reap() == [(head, 0)]
+
+
+def test_indices_wrap(memory: GuestMemory, kind: str) -> None:
+    ring = DriverRing(memory, 4, at=0xFFF0)
+    q = device_side(kind, ring, EVENT_IDX)
+    for i in range(40):
+        ring.add([(BUF, 1)], [(BUF + 8, 1)])
+        chain = q.pop()
+        assert chain is not None
+        q.push(chain, i & 1)
+        assert [w for _, w in ring.reap()] == [i & 1]
+    assert not q.enable_kicks()
+    assert ring.avail_event == (0xFFF0 + 40) & 0xFFFF
+
+
+def test_indirect_tables(ring: DriverRing, kind: str) -> None:
+    q = device_side(kind, ring, INDIRECT)
+    ring.add([(BUF, 16)], [(BUF + 64, 512), (BUF + 1024, 1)], indirect=TABLE)
+    chain = q.pop()
+    assert chain is not None
+    assert chain.readable == [(BUF, 16)]
+    assert chain.writable == [(BUF + 64, 512), (BUF + 1024, 1)]
+
+
+def test_indirect_after_direct_ones_and_unaligned(ring: DriverRing, kind: str) -> None:
+    """virtio-v1.3 §2.7.5.3.2: zero or more normal descriptors, then one indirect one, whose
+    write flag is ignored."""
+    q = device_side(kind, ring, INDIRECT)
+    ring.set_desc(0, BUF, 16, N, 1)
+    ring.set_desc(1, TABLE + 3, 16, IND | W)
+    ring.set_desc_at(TABLE + 3, 0, BUF + 32, 8, 0, 0)
+    ring.publish(0)
+    chain = q.pop()
+    assert chain is not None
+    assert chain.readable == [(BUF, 16), (BUF + 32, 8)]
+
+
+def test_indirect_may_be_as_long_as_the_queue(ring: DriverRing, kind: str) -> None:
+    q = device_side(kind, ring, INDIRECT)
+    ring.add([(BUF + 16 * i, 16) for i in range(8)], [], indirect=TABLE)
+    chain = q.pop()
+    assert chain is not None
+    assert len(chain.readable) == 8
+
+
+def two(ring: DriverRing, first: tuple[int, int, int], second: tuple[int, int, int]) -> None:
+    ring.set_desc(0, first[0], first[1], first[2] | N, 1)
+    ring.set_desc(1, *second)
+    ring.publish(0)
+
+
+def one(ring: DriverRing, addr: int, length: int, flags: int = 0, following: int = 0) -> None:
+    ring.set_desc(0, addr, length, flags, following)
+    ring.publish(0)
+
+
+def table(ring: DriverRing, *entries: tuple[int, int, int, int], length: int | None = None) -> None:
+    for i, entry in enumerate(entries):
+        ring.set_desc_at(TABLE, i, *entry)
+    one(ring, TABLE, 16 * len(entries) if length is None else length, IND)
+
+
+def loop_after(ring: DriverRing, k: int) -> None:
+    for i in range(k):
+        ring.set_desc(i, BUF, 8, N, i + 1)
+    ring.set_desc(k, BUF, 8, N, k)
+    ring.publish(0)
+
+
+def dup_head(ring: DriverRing) -> None:
+    ring.set_desc(0, BUF, 8)
+    ring.publish(0)
+    ring.publish(0)
+
+
+def idx_back(ring: DriverRing) -> None:
+    dup_head(ring)
+    ring.set_avail_idx(0xFFFF)
+
+
+BROKEN: list[tuple[str, Callable[[DriverRing], None]]] = [
+    ("chain_long", lambda r: one(r, BUF, 8, N, 0)),
+    ("chain_long", lambda r: two(r, (BUF, 8, 0), (BUF, 8, N))),
+    ("chain_long", lambda r: loop_after(r, 5)),
+    ("len_zero", lambda r: one(r, BUF, 0)),
+    ("len_zero", lambda r: one(r, 0, 0)),
+    ("len_zero", lambda r: two(r, (BUF, 8, 0), (BUF, 0, W))),
+    ("addr", lambda r: one(r, BUF, 0xFFFFFFFF)),
+    ("addr", lambda r: one(r, BUF, 0x80000000, W)),
+    ("addr", lambda r: one(r, (1 << 64) - 8, 16)),
+    ("addr", lambda r: one(r, (1 << 64) - 8, 8)),
+    ("addr", lambda r: one(r, RAM - 8, 9)),
+    ("addr", lambda r: one(r, RAM, 1)),
+    ("addr", lambda r: one(r, HIGH - 1, 2, W)),
+    ("addr", lambda r: one(r, 0xFEE00000, 4)),
+    ("order", lambda r: two(r, (BUF, 8, W), (BUF, 8, 0))),
+    ("next_range", lambda r: one(r, BUF, 8, N, 8)),
+    ("next_range", lambda r: one(r, BUF, 8, N, 0xFFFF)),
+    ("head_range", lambda r: r.publish(8)),
+    ("head_range", lambda r: r.publish(0xFFFF)),
+    ("head_inflight", dup_head),
+    ("idx_jump", lambda r: r.set_avail_idx(9)),
+    ("idx_jump", lambda r: r.set_avail_idx(16)),
+    ("idx_jump", idx_back),
+    ("indirect_nest", lambda r: table(r, (TABLE, 16, IND, 0))),
+    ("indirect_next", lambda r: one(r, TABLE, 16, IND | N, 1)),
+    ("indirect_len", lambda r: table(r, (BUF, 8, 0, 0), length=0)),
+    ("indirect_len", lambda r: table(r, (BUF, 8, 0, 0), length=17)),
+    ("indirect_len", lambda r: table(r, (BUF, 8, 0, 0), length=16 * 9)),
+    ("indirect_len", lambda r: table(r, (BUF, 8, 0, 0), length=0xFFFFFFF0)),
+    ("indirect_addr", lambda r: one(r, RAM - 8, 16, IND)),
+    ("indirect_addr", lambda r: one(r, (1 << 64) - 16, 32, IND)),
+    ("next_range", lambda r: table(r, (BUF, 8, N, 1))),
+    ("chain_long", lambda r: table(r, (BUF, 8, N, 0))),
+]
+
+
+@pytest.mark.parametrize(("verdict", "spoil"), BROKEN)
+def test_broken_chains_break_the_queue(
+    ring: DriverRing, kind: str, verdict: str, spoil: Callable[[DriverRing], None]
+) -> None:
+    q = device_side(kind, ring, INDIRECT | EVENT_IDX)
+    spoil(ring)
+    before = ring.memory.read(0, RAM)
+    taken = 0
+    while q.pop() is not None:
+        taken += 1
+    assert q.verdict == verdict
+    assert q.broken
+    assert taken == (1 if verdict == "head_inflight" else 0)
+    # It stays broken, whatever the driver repairs, asks for no kicks and touches nothing.
+    ring.set_avail_idx(1)
+    assert q.pop() is None
+    assert q.verdict == verdict
+    ring.memory.write(ring.avail, before[ring.avail : ring.avail + 4])
+    assert ring.memory.read(0, RAM) == before
+    assert not q.enable_kicks()
+
+
+def test_indirect_needs_the_feature(ring: DriverRing, kind: str) -> None:
+    q = device_side(kind, ring, 0)
+    table(ring, (BUF, 8, 0, 0))
+    assert q.pop() is None
+    assert q.verdict == "indirect_off"
+
+
+def test_a_chain_of_more_than_4_gib(memory: GuestMemory, kind: str) -> None:
+    big = GuestMemory([(0, RAM), (HIGH, 1 << 30)])
+    ring = DriverRing(big, 8)
+    q = device_side(kind, ring)
+    ring.add([(HIGH, 1 << 30)] * 4, [])
+    chain = q.pop()
+    assert chain is not None
+    assert chain.read_len == 1 << 32
+    q.push(chain, 0)
+    ring.reap()
+    ring.add([(HIGH, 1 << 30)] * 4 + [(BUF, 1)], [])
+    assert q.pop() is None
+    assert q.verdict == "chain_bytes"
+    del q
+    big.close()
+
+
+@pytest.mark.parametrize(
+    ("size", "desc", "avail", "used"),
+    [
+        (0, 0x1000, 0x2000, 0x3000),
+        (3, 0x1000, 0x2000, 0x3000),
+        (8, 0x1008, 0x2000, 0x3000),
+        (8, 0x1000, 0x2001, 0x3000),
+        (8, 0x1000, 0x2000, 0x3002),
+        (8, RAM - 112, 0x2000, 0x3000),
+        (8, 0x1000, RAM - 20, 0x3000),
+        (8, 0x1000, 0x2000, RAM - 68),
+        (8, (1 << 64) - 128, 0x2000, 0x3000),
+        (32768, 0x1000, 0x2000, 0x3000),
+    ],
+)
+def test_places_where_a_queue_cannot_be(
+    memory: GuestMemory, kind: str, size: int, desc: int, avail: int, used: int
+) -> None:
+    made: type[Queue] | type[NativeQueue] = Queue if kind == "python" else NativeQueue
+    with pytest.raises(ValueError, match="queue"):
+        made(memory, size, desc, avail, used, 0)
+
+
+def test_interrupts_without_event_idx(ring: DriverRing, kind: str) -> None:
+    q = device_side(kind, ring)
+    assert not q.should_notify()
+    for flags in (0, 1, 0):
+        ring.set_avail_flags(flags)
+        ring.add([(BUF, 8)], [])
+        chain = q.pop()
+        assert chain is not None
+        q.push(chain, 0)
+        assert q.should_notify() is (flags == 0)
+        assert not q.should_notify()
+        ring.reap()
+
+
+def test_interrupts_with_event_idx(ring: DriverRing, kind: str) -> None:
+    """The driver asks for one interrupt when used.idx passes used_event: §2.7.7.2."""
+    q = device_side(kind, ring, EVENT_IDX)
+    ring.set_avail_flags(1)  # MUST be ignored then
+    told = []
+    ring.set_used_event(3)
+    for _ in range(6):
+        ring.add([(BUF, 8)], [])
+        chain = q.pop()
+        assert chain is not None
+        q.push(chain, 0)
+        told.append(q.should_notify())
+        ring.reap()
+    assert told == [False, False, False, True, False, False]
+
+
+def test_one_question_covers_a_batch(ring: DriverRing, kind: str) -> None:
+    q = device_side(kind, ring, EVENT_IDX)
+    ring.set_used_event(1)
+    for _ in range(4):
+        ring.add([(BUF, 8)], [])
+        chain = q.pop()
+        assert chain is not None
+        q.push(chain, 0)
+    assert q.should_notify()
+    assert not q.should_notify()
+
+
+def test_a_device_may_refuse_a_chain(ring: DriverRing, kind: str) -> None:
+    q = device_side(kind, ring)
+    ring.add([(BUF, 8)], [])
+    assert q.pop() is not None
+    q.refuse()
+    assert q.broken
+    ring.add([(BUF, 8)], [])
+    assert q.pop() is None
+    assert q.verdict == "request"
+
+
+@pytest.mark.parametrize("features", [0, EVENT_IDX])
+def test_kicks(ring: DriverRing, kind: str, features: int) -> None:
+    q = device_side(kind, ring, features)
+    assert not q.enable_kicks()
+    q.disable_kicks()
+    assert ring.used_flags == (0 if features else 1)
+    ring.add([(BUF, 8)], [])
+    assert q.enable_kicks(), "a chain that came while kicks were off must not be lost"
+    assert ring.used_flags == 0
+    assert ring.avail_event == 0
+    assert q.pop() is not None
+    assert not q.enable_kicks()
+    assert ring.avail_event == (1 if features else 0)
+
+
+def test_a_full_queue_in_flight(ring: DriverRing, kind: str) -> None:
+    q = device_side(kind, ring)
+    heads = [ring.add([], [(BUF + 8, 8)]) for _ in range(8)]
+    chains = [q.pop() for _ in heads]
+    assert q.inflight == 8
+    assert q.pop() is None
+    assert q.verdict == "empty"
+    for chain in reversed(chains):
+        assert chain is not None
+        q.push(chain, 8)
+    assert ring.reap() == [(head, 8) for head in reversed(heads)]
+
+
+def test_a_driver_that_rewrites_while_the_device_walks(memory: GuestMemory) -> None:
+    """Another thread flips addresses, lengths and indices; every chain given out is RAM."""
+    import threading
+
+    ring = DriverRing(memory, 8)
+    stop = threading.Event()
+
+    def flip() -> None:
+        i = 0
+        while not stop.is_set():
+            i += 1
+            ring.set_desc(0, BUF if i & 1 else RAM - 1, 1 + (i & 8), N if i & 2 else 0, i & 15)
+            ring.set_desc(1, HIGH + (i & 0xFF), 16, W | (N if i & 4 else 0), i & 3)
+
+    thread = threading.Thread(target=flip)
+    thread.start()
+    verdicts = set()
+    try:
+        for _ in range(3000):
+            q = device_side("c", ring)
+            ring.publish(0)
+            q.pop()
+            verdicts.add(q.verdict)
+    finally:
+        stop.set()
+        thread.join()
+    assert "chain" in verdicts
+    assert len(verdicts) > 1

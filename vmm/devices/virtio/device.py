@@ -1,0 +1,149 @@
+"""What every virtio device is, whichever transport carries it.
+
+The base class owns what a guest could abuse: which features can be negotiated, where its
+configuration space ends, when it runs. A device says what it is (class attributes), what its
+configuration space holds, and how its C half starts and stops.
+"""
+
+from __future__ import annotations
+
+import os
+
+from vmm._native import ffi, lib
+from vmm.device import Device
+from vmm.devices.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC
+from vmm.errors import HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from vmm.devices.virtio.transport import QueueConfig, QueueIrqs
+    from vmm.memory import GuestMemory
+
+#: What native/ring.c can do, offered by every device. virtio-v1.3 §6.
+RING_FEATURES = 1 << F_INDIRECT_DESC | 1 << F_EVENT_IDX
+
+
+class VirtioDevice(Device):
+    """The device half of vmm/devices/virtio/transport.py's contract.
+
+    ``attach`` first, then a transport. ``activate`` and ``deactivate`` run on a vCPU thread; the
+    queues belong to an I/O thread in between.
+    """
+
+    #: virtio-v1.3 §5.
+    DEVICE_ID = 0
+    #: The maximum size of each queue, in descriptors.
+    QUEUE_SIZES: tuple[int, ...] = ()
+    #: What Linux must be built with to use the device.
+    KERNEL_CONFIG = ""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        #: The configuration space as the driver reads it.
+        self.config = bytearray()
+        #: What the driver accepted; 0 while it is not running.
+        self.features = 0
+        self.activations = 0
+        self._memory: GuestMemory | None = None
+        self._active = False
+        self._kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in self.QUEUE_SIZES]
+
+    # ---- what a device fills in ----------------------------------------------------------------
+
+    def device_features(self) -> int:
+        """Feature bits of this device type, as a mask."""
+        return 0
+
+    def start_queue(self, index: int, config: Any) -> int:
+        """Begin to serve a queue, in C: ``config`` is struct vmm_service_config *, valid during
+        the call. 0 or -errno."""
+        raise NotImplementedError
+
+    def stop_queues(self) -> None:
+        """Stop every queue; return when nothing is in flight. Harmless when none was started."""
+        raise NotImplementedError
+
+    # ---- the contract ---------------------------------------------------------------------------
+
+    def attach(self, memory: GuestMemory, loop: Any) -> None:
+        """Before the guest starts: its RAM and the I/O thread (struct vmm_loop *) to work on;
+        both outlive the device. Raises HostError."""
+        self._memory = memory
+
+    def host_features(self) -> int:
+        return RING_FEATURES | self.device_features()
+
+    def kick_fd(self, queue: int) -> int:
+        return self._kicks[queue]
+
+    def activate(self, features: int, queues: list[QueueConfig | None], irqs: QueueIrqs) -> None:
+        if self._memory is None:
+            raise HostError(f"{self.name} was never attached to a machine")
+        if self._active:
+            self.deactivate()
+        self.features = features
+        self.activations += 1
+        self._active = True
+        for index, queue in enumerate(queues):
+            if queue is None:
+                continue
+            config = ffi.new("struct vmm_service_config *")
+            config.vq.desc, config.vq.avail, config.vq.used = (
+                queue.desc,
+                queue.driver,
+                queue.device,
+            )
+            config.vq.size, config.vq.features = queue.size, features
+            config.mem = self._memory.table
+            config.virtio = irqs.native
+            config.index = index
+            config.kick_fd = self._kicks[index]
+            if self.start_queue(index, config):
+                irqs.fail()
+
+    def deactivate(self) -> None:
+        if self._active:
+            self.stop_queues()
+        self._active = False
+        self.features = 0
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        """Nothing in most configuration spaces can be written: virtio-v1.3 §2.5.1."""
+
+    def reset(self) -> None:
+        self.deactivate()
+
+    def close(self) -> None:
+        self.deactivate()
+        for fd in self._kicks:
+            os.close(fd)
+        self._kicks = []
+
+    def unclaimed(self) -> str | None:
+        if self.activations:
+            return None
+        return (
+            f"the guest never used {self.name}; its kernel may lack {self.KERNEL_CONFIG} "
+            "(or the module in its initrd)"
+        )
+
+
+class IoThread:
+    """An I/O thread of a device's own (struct vmm_loop *). ``close`` stops and joins it."""
+
+    __slots__ = ("native",)
+
+    def __init__(self, name: str) -> None:
+        self.native = lib.vmm_loop_create()
+        if self.native == ffi.NULL:
+            raise HostError(
+                f"an I/O thread for {name} could not be started: {os.strerror(ffi.errno)}",
+                errno=ffi.errno,
+            )
+
+    def close(self) -> None:
+        if self.native != ffi.NULL:
+            lib.vmm_loop_destroy(self.native)
+            self.native = ffi.NULL
