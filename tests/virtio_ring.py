@@ -26,9 +26,7 @@ Buffers = list[tuple[int, int]]
 class DriverRing:
     """What a driver does, right or (through the raw methods) wrong. Parts lie from ``base`` on."""
 
-    def __init__(
-        self, memory: GuestMemory, size: int, base: int = 0x1000, *, at: int = 0
-    ) -> None:
+    def __init__(self, memory: GuestMemory, size: int, base: int = 0x1000, *, at: int = 0) -> None:
         self.memory = memory
         self.size = size
         self.desc = base
@@ -80,9 +78,7 @@ class DriverRing:
 
     # ---- as a good driver ------------------------------------------------------------------
 
-    def place(
-        self, readable: Buffers, writable: Buffers, *, indirect: int | None = None
-    ) -> int:
+    def place(self, readable: Buffers, writable: Buffers, *, indirect: int | None = None) -> int:
         """Write a chain's descriptors, in the indirect table at ``indirect`` if given; returns
         the head, which is not yet published."""
         parts = [(a, n, 0) for a, n in readable] + [(a, n, DESC_F_WRITE) for a, n in writable]
@@ -95,9 +91,7 @@ class DriverRing:
         for i, (addr, length, flags) in enumerate(parts):
             last = i + 1 == len(parts)
             following = 0 if last else slots[i + 1]
-            self.set_desc(
-                slots[i], addr, length, flags | (0 if last else DESC_F_NEXT), following
-            )
+            self.set_desc(slots[i], addr, length, flags | (0 if last else DESC_F_NEXT), following)
         self.chains[slots[0]] = slots
         return slots[0]
 

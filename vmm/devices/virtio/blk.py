@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 import stat
 import struct
@@ -187,6 +186,8 @@ class _File:
             raise
 
     def _go_direct(self, path: str, readonly: bool) -> None:
+        import mmap
+
         flags = os.O_DIRECT | os.O_CLOEXEC | (os.O_RDONLY if readonly else os.O_RDWR)
         try:
             # The same file, whatever happened to its name meanwhile.
@@ -252,7 +253,7 @@ def _lock(fd: int, path: str, readonly: bool) -> None:
 
 
 def _holder(fd: int) -> str:
-    """" by process N", as far as /proc tells."""
+    """ " by process N", as far as /proc tells."""
     mine = os.fstat(fd)
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:

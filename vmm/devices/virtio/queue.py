@@ -173,9 +173,7 @@ class Queue:
         table, entries, index, in_indirect = self._desc, self.size, head, False
         while True:
             # Each descriptor is read once: the guest may change it at any time.
-            addr, length, flags, following = _DESC.unpack(
-                self._memory.read(table + 16 * index, 16)
-            )
+            addr, length, flags, following = _DESC.unpack(self._memory.read(table + 16 * index, 16))
             if flags & DESC_F_INDIRECT:
                 self._check_indirect(addr, length, flags, in_indirect)
                 table, entries, index, in_indirect = addr, length // 16, 0, True

@@ -1,0 +1,215 @@
+"""Valid chains, then 0 to 3 named mutations: native/ring.c and its Python twin must say the same
+about each, and neither may touch a byte it does not own."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.virtio_ring import EVENT_IDX, INDIRECT, DriverRing, device_side
+from vmm.devices.virtio.queue import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE
+from vmm.memory import GuestMemory
+
+SIZE = 16
+RAM = 0x10000
+HIGH = 1 << 32
+TABLES = 0x4000
+BUFFERS = 0x8000
+
+
+class Layout:
+    """What a mutation may touch: the ring, its indirect tables, and where descriptors were put."""
+
+    def __init__(self, ring: DriverRing) -> None:
+        self.ring = ring
+        self.heads: list[int] = []
+        self.descs: list[int] = []  # address of each descriptor in use, also of those in tables
+
+    def field(self, desc: int, fmt: str, offset: int, value: int) -> None:
+        self.ring.memory.write(desc + offset, struct.pack(fmt, value))
+
+    def addr(self, desc: int, value: int) -> None:
+        self.field(desc, "<Q", 0, value & (1 << 64) - 1)
+
+    def length(self, desc: int, value: int) -> None:
+        self.field(desc, "<I", 8, value & 0xFFFFFFFF)
+
+    def flags(self, desc: int, change: int) -> None:
+        old = self.ring.memory.read_int(desc + 12, 2)
+        self.field(desc, "<H", 12, old ^ change)
+
+    def following(self, desc: int, value: int) -> None:
+        self.field(desc, "<H", 14, value & 0xFFFF)
+
+
+def next_self(lay: Layout, desc: int, n: int) -> None:
+    """A descriptor of the queue's table that leads to itself; in an indirect table, to any."""
+    lay.field(desc, "<H", 12, lay.ring.memory.read_int(desc + 12, 2) | DESC_F_NEXT)
+    inside = 0 <= desc - lay.ring.desc < 16 * SIZE
+    lay.following(desc, (desc - lay.ring.desc) // 16 if inside else n % SIZE)
+
+
+def dup_head(lay: Layout, desc: int, n: int) -> None:
+    if lay.heads:
+        lay.ring.publish(lay.heads[n % len(lay.heads)])
+
+
+MUTATIONS: dict[str, Callable[[Layout, int, int], None]] = {
+    "next_self": next_self,
+    "next_far": lambda lay, d, n: lay.following(d, n),
+    "flip_next": lambda lay, d, n: lay.flags(d, DESC_F_NEXT),
+    "flip_write": lambda lay, d, n: lay.flags(d, DESC_F_WRITE),
+    "flip_indirect": lambda lay, d, n: lay.flags(d, DESC_F_INDIRECT),
+    "len_zero": lambda lay, d, n: lay.length(d, 0),
+    "len_max": lambda lay, d, n: lay.length(d, 0xFFFFFFFF - n % 16),
+    "len_half": lambda lay, d, n: lay.length(d, 1 << 31),
+    "indirect_len_odd": lambda lay, d, n: lay.length(d, n),
+    "indirect_len_long": lambda lay, d, n: lay.length(d, 16 * (n % 64)),
+    "addr_wrap": lambda lay, d, n: lay.addr(d, -(n % 64)),
+    "addr_hole": lambda lay, d, n: lay.addr(d, RAM - n % 64),
+    "addr_high": lambda lay, d, n: lay.addr(d, HIGH - n % 64),
+    "addr_end": lambda lay, d, n: lay.addr(d, HIGH + RAM - n % 64),
+    "addr_mmio": lambda lay, d, n: lay.addr(d, 0xFEE00000 + n),
+    "addr_ring": lambda lay, d, n: lay.addr(d, lay.ring.desc + n % 512),
+    "dup_head": dup_head,
+    "head_far": lambda lay, d, n: lay.ring.publish(n),
+    "idx_jump": lambda lay, d, n: lay.ring.set_avail_idx(lay.ring.avail_idx + n % 40),
+    "idx_back": lambda lay, d, n: lay.ring.set_avail_idx(lay.ring.avail_idx - 1 - n % 40),
+}
+
+CHAIN = st.tuples(
+    st.integers(0, 3), st.integers(0, 3), st.booleans(), st.lists(st.integers(1, 700), max_size=6)
+)
+CASE = st.fixed_dictionaries(
+    {
+        "features": st.sampled_from([0, INDIRECT, EVENT_IDX, INDIRECT | EVENT_IDX]),
+        "at": st.sampled_from([0, 5, 0xFFFA]),
+        "chains": st.lists(CHAIN, min_size=1, max_size=8),
+        "mutations": st.lists(
+            st.tuples(
+                st.sampled_from(sorted(MUTATIONS)), st.integers(0, 60), st.integers(0, 0xFFFF)
+            ),
+            max_size=3,
+        ),
+        "hold": st.integers(0, 3),
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def memory() -> Iterator[GuestMemory]:
+    m = GuestMemory([(0, RAM), (HIGH, RAM)])
+    yield m
+    m.close()
+
+
+def build(memory: GuestMemory, case: dict[str, Any]) -> DriverRing:
+    memory.write(0, bytes(RAM))
+    ring = DriverRing(memory, SIZE, at=case["at"])
+    lay = Layout(ring)
+    at, table = BUFFERS, TABLES
+    for reads, writes, indirect, sizes in case["chains"]:
+        sizes = (sizes + [8] * 6)[: reads + writes]
+        if not sizes or len(ring.free) < len(sizes):
+            continue
+        parts: list[tuple[int, int]] = []
+        for size in sizes:
+            parts.append((at if len(parts) % 3 else HIGH + at, size))
+            at += size
+        use = table if indirect and case["features"] & INDIRECT else None
+        head = ring.place(parts[:reads], parts[reads:], indirect=use)
+        lay.heads.append(head)
+        lay.descs += [ring.desc + 16 * slot for slot in ring.chains[head]]
+        if use is not None:
+            lay.descs += [use + 16 * i for i in range(len(sizes))]
+            table += 16 * len(sizes)
+        ring.publish(head)
+    for name, which, n in case["mutations"]:
+        desc = lay.descs[which % len(lay.descs)] if lay.descs else ring.desc
+        MUTATIONS[name](lay, desc, n)
+    return ring
+
+
+def run(kind: str, memory: GuestMemory, case: dict[str, Any]) -> tuple[list[Any], bytes]:
+    """What a device that fills every writable buffer sees and leaves behind."""
+    ring = build(memory, case)
+    q = device_side(kind, ring, case["features"])
+    before = memory.read(0, RAM) + memory.read(HIGH, RAM)
+    log: list[Any] = [q.enable_kicks()]
+    held = []
+    for _ in range(3 * SIZE):
+        chain = q.pop()
+        log.append(q.verdict)
+        if chain is None:
+            break
+        log.append((chain.head, chain.readable, chain.writable, chain.read_len, chain.write_len))
+        for gpa, size in chain.readable + chain.writable:
+            assert memory.contains(gpa, size)
+        held.append(chain)
+        if len(held) > case["hold"]:
+            q.push(held[0], held.pop(0).write_len)
+            log.append(q.should_notify())
+    else:
+        raise AssertionError("more chains than a queue can hold")
+    assert q.inflight == len(held)
+    for chain in held:
+        q.push(chain, 1 << 33)
+    if held:
+        q.push(held[0], 1)  # a head completes once
+    q.disable_kicks()
+    log += [q.broken, q.inflight, q.should_notify()]
+    after = memory.read(0, RAM) + memory.read(HIGH, RAM)
+    rest = after[: ring.used] + before[ring.used : ring.end] + after[ring.end :]
+    assert rest == before, "something was written outside the used ring"
+    return log, after
+
+
+@settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@given(case=CASE)
+def test_both_agree(memory: GuestMemory, case: dict[str, Any]) -> None:
+    assert run("c", memory, case) == run("python", memory, case)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    desc=st.integers(0, (1 << 64) - 1),
+    avail=st.integers(0, (1 << 64) - 1),
+    used=st.integers(0, (1 << 64) - 1),
+    size=st.integers(0, 0xFFFF),
+    near=st.tuples(*[st.sampled_from([None, 0, RAM, HIGH, HIGH + RAM, 1 << 63])] * 3),
+)
+def test_both_agree_on_places(
+    memory: GuestMemory,
+    desc: int,
+    avail: int,
+    used: int,
+    size: int,
+    near: tuple[int | None, int | None, int | None],
+) -> None:
+    """Addresses near the edges of RAM, and anywhere: the same queues are refused."""
+    parts = [
+        (edge - 0x200 + value % 0x400) & (1 << 64) - 1 if edge is not None else value
+        for edge, value in zip(near, (desc, avail, used), strict=True)
+    ]
+    aligned = [p & -a for p, a in zip(parts, (16, 2, 4), strict=True)]
+    for places in (parts, aligned):
+        for length in (size, 1 << size % 17):
+            if length > 0xFFFF:
+                continue
+            said = []
+            for kind in ("c", "python"):
+                ring = DriverRing.__new__(DriverRing)
+                ring.memory, ring.size = memory, length
+                ring.desc, ring.avail, ring.used = places
+                ring.avail_idx = ring.used_idx = 0
+                try:
+                    device_side(kind, ring)
+                    said.append("taken")
+                except ValueError:
+                    said.append("refused")
+            assert said[0] == said[1]
