@@ -61,6 +61,9 @@ enum { VMM_IRQ_NONE, VMM_IRQ_LINE, VMM_IRQ_EVENTFD };
  * EVENTFD: an eventfd bound by KVM_IRQFD (MSI, or an edge). NONE: counts only (tests). */
 struct vmm_irq;
 struct vmm_irq *vmm_irq_create(int kind, int fd, uint32_t gsi); /* fd is borrowed */
+/* One more input of a level-triggered line, which is up while any of its inputs is. The line is
+ * driven through its inputs only and outlives them. */
+struct vmm_irq *vmm_irq_share(struct vmm_irq *line);
 void vmm_irq_destroy(struct vmm_irq *irq);
 void vmm_irq_set(struct vmm_irq *irq, int level); /* LINE and NONE; EVENTFD: rising edge pulses */
 void vmm_irq_pulse(struct vmm_irq *irq);          /* EVENTFD: signal; LINE: raise; NONE: count */

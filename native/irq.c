@@ -13,6 +13,8 @@ struct vmm_irq {
 	pthread_mutex_t lock; /* level and the ioctl that carries it must not be reordered */
 	int level;
 	_Atomic uint64_t count;
+	struct vmm_irq *shared; /* the line this is one input of */
+	uint32_t inputs;	/* how many inputs of this line are up */
 };
 
 struct vmm_irq *vmm_irq_create(int kind, int fd, uint32_t gsi)
@@ -28,10 +30,21 @@ struct vmm_irq *vmm_irq_create(int kind, int fd, uint32_t gsi)
 	return irq;
 }
 
+struct vmm_irq *vmm_irq_share(struct vmm_irq *line)
+{
+	struct vmm_irq *irq = vmm_irq_create(VMM_IRQ_NONE, -1, line->gsi);
+
+	if (irq)
+		irq->shared = line;
+	return irq;
+}
+
 void vmm_irq_destroy(struct vmm_irq *irq)
 {
 	if (!irq)
 		return;
+	if (irq->shared)
+		vmm_irq_set(irq, 0);
 	pthread_mutex_destroy(&irq->lock);
 	free(irq);
 }
@@ -47,27 +60,44 @@ static void signal_fd(int fd)
 	while (n < 0 && errno == EINTR);
 }
 
+/* With the lock held. */
+static void set_level(struct vmm_irq *irq, int level)
+{
+	if (irq->level == level)
+		return;
+	irq->level = level;
+	if (level)
+		atomic_fetch_add(&irq->count, 1);
+	if (irq->kind == VMM_IRQ_LINE) {
+		struct kvm_irq_level l = { .irq = irq->gsi, .level = level };
+
+		ioctl(irq->fd, KVM_IRQ_LINE, &l);
+	} else if (irq->kind == VMM_IRQ_EVENTFD && level) {
+		signal_fd(irq->fd);
+	}
+}
+
+/* One input of a shared line went up or down. */
+static void set_input(struct vmm_irq *line, int level)
+{
+	pthread_mutex_lock(&line->lock);
+	line->inputs += level ? 1 : -1;
+	set_level(line, line->inputs > 0);
+	pthread_mutex_unlock(&line->lock);
+}
+
 void vmm_irq_set(struct vmm_irq *irq, int level)
 {
 	pthread_mutex_lock(&irq->lock);
-	if (irq->level != !!level) {
-		irq->level = !!level;
-		if (level)
-			atomic_fetch_add(&irq->count, 1);
-		if (irq->kind == VMM_IRQ_LINE) {
-			struct kvm_irq_level l = { .irq = irq->gsi, .level = irq->level };
-
-			ioctl(irq->fd, KVM_IRQ_LINE, &l);
-		} else if (irq->kind == VMM_IRQ_EVENTFD && level) {
-			signal_fd(irq->fd);
-		}
-	}
+	if (irq->shared && irq->level != !!level)
+		set_input(irq->shared, !!level);
+	set_level(irq, !!level);
 	pthread_mutex_unlock(&irq->lock);
 }
 
 void vmm_irq_pulse(struct vmm_irq *irq)
 {
-	if (irq->kind == VMM_IRQ_LINE) {
+	if (irq->kind == VMM_IRQ_LINE || irq->shared) {
 		vmm_irq_set(irq, 1);
 		return;
 	}

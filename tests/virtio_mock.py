@@ -4,11 +4,21 @@ every step can be done wrongly through the same pieces (``regs``, ``Queue.write_
 
 from __future__ import annotations
 
+import os
 import struct
 import time
+from typing import TYPE_CHECKING
 
 from vmm.bus import Bus
+from vmm.devices.pci_host import PciHost
+from vmm.devices.virtio.mmio import VirtioMmio
+from vmm.devices.virtio.pci import VirtioPci
+from vmm.devices.virtio.transport import QueueConfig, QueueIrqs
+from vmm.irq import IrqChip, NullIrqChip
 from vmm.memory import GuestMemory
+
+if TYPE_CHECKING:
+    from vmm.devices.virtio.device import VirtioDevice
 
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, FAILED = 1, 2, 4, 8, 64, 128
 VERSION_1 = 1 << 32
@@ -88,6 +98,164 @@ class MmioRegs:
 
     def generation(self) -> int:
         return self.r(0xFC)
+
+
+class PciConfig:
+    """Configuration space of one slot through configuration mechanism #1. PCI-3.0 §3.2.2.3.2."""
+
+    def __init__(self, pio: Bus, slot: int) -> None:
+        self.pio = pio
+        self.slot = slot
+
+    def _select(self, reg: int) -> int:
+        self.pio.write(0xCF8, 4, 0x8000_0000 | self.slot << 11 | reg & 0xFC)
+        return 0xCFC + (reg & 3)
+
+    def r(self, reg: int, size: int) -> int:
+        return self.pio.read(self._select(reg), size)
+
+    def w(self, reg: int, size: int, value: int) -> None:
+        self.pio.write(self._select(reg), size, value)
+
+    def capabilities(self) -> list[tuple[int, int]]:
+        """(id, offset), in order."""
+        found = []
+        at = self.r(0x34, 1)
+        while at:
+            found.append((self.r(at, 1), at))
+            at = self.r(at + 1, 1)
+            assert len(found) < 64, "capability list does not end"
+        return found
+
+    def bar(self, index: int) -> int:
+        low = self.r(0x10 + 4 * index, 4)
+        high = self.r(0x14 + 4 * index, 4) if low & 4 else 0
+        return (low & ~0xF) | high << 32
+
+
+class PciRegs:
+    """virtio-pci's structures, found by way of the capabilities. virtio-v1.3 §4.1."""
+
+    def __init__(self, bus: Bus, config: PciConfig) -> None:
+        """Turns memory decoding on."""
+        self.bus = bus
+        self.pci = config
+        self.places: dict[int, int] = {}
+        self.multiplier = 0
+        self.msix = 0
+        self.window = 0
+        self.pci.w(4, 2, 0x6)
+        for cap, at in self.pci.capabilities():
+            if cap == 0x11:
+                self.msix = at
+            if cap != 0x09:
+                continue
+            kind = self.pci.r(at + 3, 1)
+            if kind == 5:
+                self.window = at
+                continue
+            self.places[kind] = self.pci.bar(self.pci.r(at + 4, 1)) + self.pci.r(at + 8, 4)
+            if kind == 2:
+                self.multiplier = self.pci.r(at + 16, 4)
+
+    def r(self, reg: int, size: int) -> int:
+        return self.bus.read(self.places[1] + reg, size)
+
+    def w(self, reg: int, size: int, value: int) -> None:
+        self.bus.write(self.places[1] + reg, size, value)
+
+    def device_id(self) -> int:
+        assert self.pci.r(0, 2) == 0x1AF4
+        return self.pci.r(2, 2) - 0x1040
+
+    @property
+    def status(self) -> int:
+        return self.r(0x14, 1)
+
+    @status.setter
+    def status(self, value: int) -> None:
+        self.w(0x14, 1, value)
+
+    def features(self) -> int:
+        value = 0
+        for sel in (0, 1):
+            self.w(0x00, 4, sel)
+            value |= self.r(0x04, 4) << (32 * sel)
+        return value
+
+    def accept(self, features: int) -> None:
+        for sel in (0, 1):
+            self.w(0x08, 4, sel)
+            self.w(0x0C, 4, features >> (32 * sel) & 0xFFFF_FFFF)
+
+    def queue_max(self, queue: int) -> int:
+        self.w(0x16, 2, queue)
+        return self.r(0x18, 2)
+
+    def set_queue(self, queue: int, size: int, desc: int, driver: int, device: int) -> None:
+        self.w(0x16, 2, queue)
+        self.w(0x18, 2, size)
+        for reg, addr in ((0x20, desc), (0x28, driver), (0x30, device)):
+            self.w(reg, 4, addr & 0xFFFF_FFFF)
+            self.w(reg + 4, 4, addr >> 32)
+
+    def enable(self, queue: int) -> bool:
+        self.w(0x16, 2, queue)
+        self.w(0x1C, 2, 1)
+        return self.r(0x1C, 2) == 1
+
+    def notify_address(self, queue: int) -> int:
+        self.w(0x16, 2, queue)
+        return self.places[2] + self.r(0x1E, 2) * self.multiplier
+
+    def notify(self, queue: int) -> None:
+        self.bus.write(self.notify_address(queue), 2, queue)
+
+    def interrupts(self) -> int:
+        """ISR bits, cleared."""
+        return self.bus.read(self.places[3], 1)
+
+    def config(self, offset: int, size: int) -> int:
+        return self.bus.read(self.places[4] + offset, size)
+
+    def set_config(self, offset: int, size: int, value: int) -> None:
+        self.bus.write(self.places[4] + offset, size, value)
+
+    def generation(self) -> int:
+        return self.r(0x15, 1)
+
+    # -- MSI-X, PCI-3.0 §6.8.2
+
+    def msix_control(self, value: int) -> None:
+        """0x8000 enable, 0x4000 mask all."""
+        self.pci.w(self.msix + 2, 2, value)
+
+    def _table(self) -> int:
+        where = self.pci.r(self.msix + 4, 4)
+        return self.pci.bar(where & 7) + (where & ~7)
+
+    def msix_entry(self, vector: int, addr: int, data: int, *, masked: bool = False) -> None:
+        at = self._table() + 16 * vector
+        self.bus.write(at, 4, addr & 0xFFFF_FFFF)
+        self.bus.write(at + 4, 4, addr >> 32)
+        self.bus.write(at + 8, 4, data)
+        self.bus.write(at + 12, 4, int(masked))
+
+    def msix_mask(self, vector: int, masked: bool) -> None:
+        self.bus.write(self._table() + 16 * vector + 12, 4, int(masked))
+
+    def pending(self) -> int:
+        where = self.pci.r(self.msix + 8, 4)
+        return self.bus.read(self.pci.bar(where & 7) + (where & ~7), 8)
+
+    def vector(self, queue: int, vector: int) -> int:
+        """Give a queue (-1: configuration changes) a vector; returns what reads back."""
+        if queue < 0:
+            self.w(0x10, 2, vector)
+            return self.r(0x10, 2)
+        self.w(0x16, 2, queue)
+        self.w(0x1A, 2, vector)
+        return self.r(0x1A, 2)
 
 
 class Queue:
@@ -193,7 +361,7 @@ class Driver:
     """A driver on either transport: ``regs`` is MmioRegs or PciRegs."""
 
     def __init__(
-        self, regs: MmioRegs, memory: GuestMemory, *, first: int = 0x1_0000, end: int = 0
+        self, regs: MmioRegs | PciRegs, memory: GuestMemory, *, first: int = 0x1_0000, end: int = 0
     ) -> None:
         """Allocates from ``memory`` between ``first`` and ``end`` (default: end of range 0)."""
         self.regs = regs
@@ -259,3 +427,115 @@ class FakeIoEventFd:
 
     def unbind(self, fd: int, addr: int, size: int, datamatch: int | None = None) -> None:
         self.bound.remove((fd, addr, size, datamatch))
+
+
+class ToyDevice:
+    """The device side of the contract, without any behaviour but a record of what was asked."""
+
+    DEVICE_ID = 4
+    QUEUE_SIZES = (64, 16)
+
+    def __init__(self) -> None:
+        self.name = "toy"
+        self.config = bytearray(b"\x01\x02\x03\x04\x05")
+        self.kicks = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in self.QUEUE_SIZES]
+        self.log: list[str] = []
+        self.features = 0
+        self.queues: list[QueueConfig | None] = []
+        self.irqs: QueueIrqs | None = None
+
+    def host_features(self) -> int:
+        return 1 << 5
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        assert offset + size <= len(self.config)
+        self.config[offset : offset + size] = value.to_bytes(size, "little")
+
+    def activate(self, features: int, queues: list[QueueConfig | None], irqs: QueueIrqs) -> None:
+        assert self.irqs is None, "activated twice"
+        self.log.append("activate")
+        self.features, self.queues, self.irqs = features, queues, irqs
+
+    def deactivate(self) -> None:
+        assert self.irqs is not None, "not active"
+        self.log.append("deactivate")
+        self.irqs = None
+
+    def kick_fd(self, queue: int) -> int:
+        return self.kicks[queue]
+
+    def kicked(self, queue: int) -> int:
+        try:
+            return os.eventfd_read(self.kicks[queue])
+        except BlockingIOError:
+            return 0
+
+    def reset(self) -> None:
+        self.log.append("reset")
+
+    def close(self) -> None:
+        for fd in self.kicks:
+            os.close(fd)
+        self.kicks = []
+
+    def unclaimed(self) -> str | None:
+        return None
+
+
+class Rig:
+    """A device on one transport in a machine of nothing else, and a driver for it.
+
+    ``device`` follows the contract of vmm/devices/virtio/transport.py; the rig owns it.
+    """
+
+    MMIO = 0xFEB0_0000
+    WINDOW = (0xC000_0000, 0x1000_0000)
+
+    def __init__(
+        self,
+        transport: str,
+        device: VirtioDevice,
+        memory: GuestMemory,
+        *,
+        io: FakeIoEventFd | None = None,
+        chip: IrqChip | None = None,
+    ) -> None:
+        """``transport``: 'mmio' or 'pci'."""
+        self.memory = memory
+        self.device = device
+        self.bus = Bus("mmio", 1 << 64)
+        self.pio = Bus("pio", 1 << 16)
+        self.io = io
+        chip = chip or NullIrqChip()
+        self.transport: VirtioMmio | VirtioPci
+        self.host: PciHost | None = None
+        regs: MmioRegs | PciRegs
+        if transport == "mmio":
+            self.irq = chip.edge(5)
+            self.transport = VirtioMmio(device, memory, self.irq, io)
+            self.transport.place(self.bus, self.MMIO)
+            regs = MmioRegs(self.bus, self.MMIO)
+        else:
+            self.irq = chip.line(21)
+            lines = [chip.line(20), self.irq, chip.line(22), chip.line(23)]
+            self.host = PciHost(self.bus, [self.WINDOW], lines)
+            self.transport = VirtioPci(device, memory, chip, io)
+            self.slot = self.host.add(self.transport)
+            self.host.place()
+            self.pio.insert(0xCF8, 8, self.host.ports)
+            regs = PciRegs(self.bus, PciConfig(self.pio, self.slot))
+        self.regs = regs
+        self.core = self.transport.core
+        self.driver = Driver(regs, memory)
+
+    @property
+    def pci(self) -> PciRegs:
+        assert isinstance(self.regs, PciRegs)
+        return self.regs
+
+    def reset(self) -> None:
+        (self.host or self.transport).reset()
+
+    def close(self) -> None:
+        (self.host or self.transport).close()
+        assert self.io is None or not self.io.bound

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 
 from vmm._native import ffi, lib
+from vmm.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from vmm.kvm import Vm
 
 _IOAPIC_PINS = 24
@@ -17,10 +20,17 @@ _PIC_PINS = 8
 class IrqLine:
     """One interrupt source. C code raises it through ``native`` (struct vmm_irq *)."""
 
-    def __init__(self, kind: int, fd: int = -1, gsi: int = 0, *, owned_fd: int = -1) -> None:
-        self.native = lib.vmm_irq_create(kind, fd, gsi)
+    def __init__(
+        self, kind: int, fd: int = -1, gsi: int = 0, *, owned_fd: int = -1, native: Any = None
+    ) -> None:
+        self.native = native or lib.vmm_irq_create(kind, fd, gsi)
         self.gsi = gsi
         self._owned = owned_fd
+
+    def share(self) -> IrqLine:
+        """One more input of this level-triggered line, which is up while any of its inputs is.
+        From then on the line is driven through its inputs only, and outlives them."""
+        return IrqLine(lib.VMM_IRQ_NONE, gsi=self.gsi, native=lib.vmm_irq_share(self.native))
 
     def set(self, level: bool) -> None:
         lib.vmm_irq_set(self.native, int(level))
@@ -61,21 +71,36 @@ class MsiVector:
         self.addr = 0
         self.data = 0
         self.masked = True
+        self._stale = True  # the chip does not know addr and data yet
 
     def set(self, addr: int, data: int) -> None:
-        """Where the message goes: 64-bit address, 32-bit data."""
+        """Where the message goes: 64-bit address, 32-bit data. Raises HostError when KVM refuses
+        it; the vector is masked then."""
         if (addr, data) != (self.addr, self.data):
-            self.addr, self.data = addr, data
+            self.addr, self.data, self._stale = addr, data, True
             if not self.masked:
-                self._chip._route(self)
+                self._route()
 
     def unmask(self) -> None:
+        """Raises HostError as ``set`` does."""
         if self.masked:
-            self.masked = False
-            self._chip._route(self)
+            self._route()
             self._chip._bind(self, True)
+            self.masked = False
             if self._take():
                 self.irq.pulse()
+
+    def _route(self) -> None:
+        if not self._stale:
+            return
+        try:
+            self._chip._route(self)
+        except HostError:
+            # Left in the table it would fail every other vector's change as well.
+            self.mask()
+            self.addr = self.data = 0
+            raise
+        self._stale = False
 
     def mask(self) -> None:
         if not self.masked:
@@ -89,6 +114,10 @@ class MsiVector:
             return False
         os.eventfd_write(self._fd, 1)
         return True
+
+    def discard(self) -> None:
+        """Forget what waits behind the mask."""
+        self._take()
 
     def _take(self) -> bool:
         try:
