@@ -136,6 +136,31 @@ def test_madt_uses_x2apic_entries_where_a_byte_is_too_small() -> None:
     assert x2 == [(2 * i, 1, i) for i in range(128, 300)]
 
 
+def prt_entries(pci: acpi.PciHost) -> list[tuple[int, int, int]]:
+    """(slot, pin, GSI) of each _PRT entry, read from its bytes."""
+    dsdt = acpi.tables(acpi.Hardware(pci=pci))["DSDT"][1]
+    at = dsdt.index(b"_PRT") + 4
+    assert dsdt[at] == 0x12
+    at += 2 + (dsdt[at + 1] >> 6)
+    count, at, out = dsdt[at], at + 1, []
+    for _ in range(count):
+        assert (dsdt[at], dsdt[at + 2], dsdt[at + 3]) == (0x12, 4, 0x0C)
+        body = dsdt[at + 4 : at + 1 + dsdt[at + 1]]
+        low, slot = struct.unpack_from("<HH", body)
+        pin = body[4] if body[4] < 2 else body[5]
+        assert low == 0xFFFF
+        assert body[-3:-1] == b"\x00\x0a"  # the source is a GSI
+        out.append((slot, pin, body[-1]))
+        at += 1 + dsdt[at + 1]
+    return out
+
+
+def test_prt_rotates_the_wires_over_the_slots() -> None:
+    entries = prt_entries(acpi.PciHost(0xE0000000, 0, (0xC0000000, 0x1000), slots=7))
+    assert entries == [(s, p, 20 + (s + p) % 4) for s in range(7) for p in range(4)]
+    assert len(prt_entries(PCI)) == 128
+
+
 def test_mcfg_names_the_ecam() -> None:
     mcfg = acpi.tables(FULL)["MCFG"][1]
     assert struct.unpack_from("<QHBB", mcfg, 44) == (0xE0000000, 0, 0, 255)

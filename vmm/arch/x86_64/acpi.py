@@ -41,17 +41,18 @@ _VGA_NOT_PRESENT = 1 << 2
 _ASPM_CONTROLS = 1 << 4  # the OS must not touch ASPM
 _CMOS_RTC_NOT_PRESENT = 1 << 5
 
-# _OSC control bits the OS may have: native hot-plug, PME, AER, PCIe capability structure.
+# _OSC control bits the OS may have: native hot-plug, PME, AER, PCIe capability structure, LTR.
 # PCI Firmware 3.3 §4.5.1.
 _OSC_PCI = "33DB4D5B-1FF7-401C-9657-7441C03DD766"
-_OSC_GRANTED = 1 << 0 | 1 << 2 | 1 << 3 | 1 << 4
+_OSC_GRANTED = 1 << 0 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5
 
 
 class PciHost:
     """A PCI host bridge: ECAM at ``ecam`` for buses 0..``last_bus``, MMIO windows as
-    (base, size) in bytes, and the GSIs that INTA..INTD of slot 0 are wired to (slots rotate)."""
+    (base, size) in bytes, and the GSIs that INTA..INTD of slot 0 are wired to (slots rotate).
+    ``slots``: how many have wires; an OS walks them all for each device."""
 
-    __slots__ = ("ecam", "gsis", "last_bus", "mmio32", "mmio64")
+    __slots__ = ("ecam", "gsis", "last_bus", "mmio32", "mmio64", "slots")
 
     def __init__(
         self,
@@ -60,12 +61,14 @@ class PciHost:
         mmio32: tuple[int, int],
         mmio64: tuple[int, int] | None = None,
         gsis: Sequence[int] = (20, 21, 22, 23),
+        slots: int = 32,
     ) -> None:
         self.ecam = ecam
         self.last_bus = last_bus
         self.mmio32 = mmio32
         self.mmio64 = mmio64
         self.gsis = tuple(gsis)
+        self.slots = slots
 
 
 class Hardware:
@@ -333,19 +336,19 @@ def _pci_host(pci: PciHost) -> bytes:
         aml.name("_UID", aml.integer(0)),
         aml.name("_CCA", aml.integer(1)),
         aml.name("_CRS", aml.resources(*windows)),
-        aml.name("_PRT", _prt(pci.gsis)),
+        aml.name("_PRT", _prt(pci.gsis, pci.slots)),
         _osc(),
     )
 
 
-def _prt(gsis: tuple[int, ...]) -> bytes:
+def _prt(gsis: tuple[int, ...], slots: int) -> bytes:
     """PCI routing: pin p of slot s is GSI gsis[(s + p) % len]. ACPI-6.5 §6.2.13."""
-    # Put together by hand: 128 packages of 4 would be half the time that all tables take.
+    # Put together by hand: 128 packages of 4 would be half the time of all tables.
     ends = [
         [aml.integer(pin) + aml.integer(0) + aml.integer(gsi) for gsi in gsis] for pin in range(4)
     ]
     entries = []
-    for slot in range(32):
+    for slot in range(slots):
         address = b"\x0c" + struct.pack("<I", slot << 16 | 0xFFFF)
         for pin in range(4):
             body = b"\x04" + address + ends[pin][(slot + pin) % len(gsis)]
