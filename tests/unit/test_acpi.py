@@ -161,6 +161,14 @@ def test_prt_rotates_the_wires_over_the_slots() -> None:
     assert len(prt_entries(PCI)) == 128
 
 
+def test_virtio_mmio_interrupts_are_exclusive_unless_gsis_repeat() -> None:
+    alone = acpi.Hardware(virtio_mmio=[(0xFEB00000, 0x200, 5), (0xFEB01000, 0x200, 6)])
+    both = acpi.Hardware(virtio_mmio=[(0xFEB00000, 0x200, 5), (0xFEB01000, 0x200, 5)])
+    edge_high, shared = aml.interrupt(5), aml.interrupt(5, shared=True)
+    assert acpi.tables(alone)["DSDT"][1].count(edge_high) == 1
+    assert acpi.tables(both)["DSDT"][1].count(shared) == 2
+
+
 def test_mcfg_names_the_ecam() -> None:
     mcfg = acpi.tables(FULL)["MCFG"][1]
     assert struct.unpack_from("<QHBB", mcfg, 44) == (0xE0000000, 0, 0, 255)

@@ -265,7 +265,11 @@ def dsdt(hw: Hardware) -> bytes:
     items = [_processor(uid) for uid in range(len(hw.apic_ids))]
     if hw.pci is not None:
         items += [_pci_host(hw.pci), _motherboard(hw.pci)]
-    items += [_virtio_mmio(nr, *where) for nr, where in enumerate(hw.virtio_mmio)]
+    gsis = [gsi for _, _, gsi in hw.virtio_mmio]
+    items += [
+        _virtio_mmio(nr, base, size, gsi, shared=gsis.count(gsi) > 1)
+        for nr, (base, size, gsi) in enumerate(hw.virtio_mmio)
+    ]
     items += [_serial(nr, *where) for nr, where in enumerate(hw.serial)]
     if hw.rtc:
         items.append(_isa("RTC_", "PNP0B00", 0x70, 2, 8))
@@ -298,8 +302,8 @@ def _serial(nr: int, port: int, irq: int) -> bytes:
     return _isa(f"COM{nr + 1:X}", "PNP0501", port, 8, irq, uid)
 
 
-def _virtio_mmio(nr: int, base: int, size: int, gsi: int) -> bytes:
-    crs = aml.resources(aml.memory32_fixed(base, size), aml.interrupt(gsi))
+def _virtio_mmio(nr: int, base: int, size: int, gsi: int, *, shared: bool) -> bytes:
+    crs = aml.resources(aml.memory32_fixed(base, size), aml.interrupt(gsi, shared=shared))
     return aml.device(
         f"V{nr:03X}",
         aml.name("_HID", aml.string("LNRO0005")),
