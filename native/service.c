@@ -9,11 +9,11 @@
 /* Chains served before other sources get a turn. */
 #define BUDGET 256
 
-static void kick(int fd)
+void vmm_service_again(struct vmm_service *s)
 {
 	const uint64_t one = 1;
 
-	while (write(fd, &one, sizeof(one)) < 0 && errno == EINTR)
+	while (write(s->source.fd, &one, sizeof(one)) < 0 && errno == EINTR)
 		;
 }
 
@@ -35,7 +35,7 @@ void vmm_service_run(struct vmm_service *s)
 	vmm_vq_disable_kicks(s->vq);
 	for (;;) {
 		if (!left--) {
-			kick(s->source.fd);
+			vmm_service_again(s);
 			break;
 		}
 		rc = s->serve(s);
@@ -77,7 +77,7 @@ int vmm_service_start(struct vmm_service *s, const struct vmm_service_config *co
 		s->vq = NULL;
 		return rc;
 	}
-	kick(s->source.fd);
+	vmm_service_again(s);
 	return 0;
 }
 

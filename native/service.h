@@ -39,6 +39,8 @@ int vmm_service_start(struct vmm_service *s, const struct vmm_service_config *co
 void vmm_service_stop(struct vmm_service *s);
 /* On the I/O thread: serves what there is, then interrupts at most once. */
 void vmm_service_run(struct vmm_service *s);
+/* Any thread, while started: the I/O thread shall run the service again. */
+void vmm_service_again(struct vmm_service *s);
 /* On the I/O thread: tells the driver about pushes, or of a broken queue. */
 void vmm_service_notify(struct vmm_service *s);
 

@@ -1,44 +1,35 @@
-"""One virtio device behind a transport, on a bus, with RAM, an I/O thread and a driver."""
+"""The driver mock's rig, with an I/O thread behind the device."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-from tests.virtio_mock import NEEDS_RESET, Driver, MmioRegs
+from tests import virtio_mock
 from vmm._native import lib
-from vmm.bus import Bus
 from vmm.devices.virtio.device import VirtioDevice
-from vmm.devices.virtio.mmio import VirtioMmio
-from vmm.irq import NullIrqChip
 from vmm.memory import GuestMemory
 
-BASE = 0xFEB0_0000
 RAM = 4 << 20
 HIGH = 1 << 32
-
-#: How tests reach a device.
-TRANSPORTS = ("mmio",)
+TRANSPORTS = ("mmio", "pci")
 
 
-class Rig:
-    def __init__(self, device: VirtioDevice, transport: str = "mmio") -> None:
-        self.device = device
-        self.memory = GuestMemory([(0, RAM), (HIGH, 1 << 20)])
+class Rig(virtio_mock.Rig):
+    """Owns the memory and the I/O thread too."""
+
+    def __init__(self, device: VirtioDevice, transport: str) -> None:
+        memory = GuestMemory([(0, RAM), (HIGH, 1 << 20)])
         self.loop = lib.vmm_loop_create()
-        device.attach(self.memory, self.loop)
-        self.bus = Bus("mmio", 1 << 40)
-        self.irq = NullIrqChip().edge(5)
-        self.transport = VirtioMmio(device, self.memory, self.irq)
-        self.transport.place(self.bus, BASE)
-        self.driver = Driver(MmioRegs(self.bus, BASE), self.memory)
+        device.attach(memory, self.loop)
+        super().__init__(transport, device, memory)
 
     @property
     def broken(self) -> bool:
-        return bool(self.driver.regs.status & NEEDS_RESET)
+        return bool(self.regs.status & virtio_mock.NEEDS_RESET)
 
     def settle(self) -> None:
-        """Until the I/O thread has done what it was kicked for before this call."""
+        """Until the I/O thread has finished what it was doing."""
         lib.vmm_loop_barrier(self.loop)
 
     def until(self, true: Callable[[], bool], what: str, timeout: float = 5.0) -> None:
@@ -51,6 +42,6 @@ class Rig:
         self.until(lambda: self.broken, "DEVICE_NEEDS_RESET")
 
     def close(self) -> None:
-        self.transport.close()
+        super().close()
         lib.vmm_loop_destroy(self.loop)
         self.memory.close()
