@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from vmm.kvm import Vcpu
     from vmm.memory import GuestMemory
 
 #: How many vCPUs are shown in full, how many exits of each, how many lines of the console.
@@ -32,9 +31,11 @@ INSTRUCTION_BYTES = 1
 
 
 class VcpuSnapshot:
-    """One vCPU at one moment. ``regs`` are struct kvm_regs' fields by name; ``sregs`` are struct
-    kvm_sregs', segments and tables as dicts of theirs; ``state`` is what the vCPU is doing
-    (running, halted, waiting for SIPI), or empty."""
+    """One vCPU at one moment; each architecture has its own kind.
+
+    ``regs`` and ``sregs`` are what KVM_GET_REGS and KVM_GET_SREGS said, by field name; ``state``
+    is what the vCPU is doing (running, halted, waiting for SIPI), or empty.
+    """
 
     __slots__ = ("index", "regs", "sregs", "state")
 
@@ -46,12 +47,34 @@ class VcpuSnapshot:
         self.sregs = sregs
         self.state = state
 
+    def mode(self) -> str:
+        """The CPU's mode in words."""
+        return ""
 
-def take(vcpu: Vcpu, state: str = "") -> VcpuSnapshot:
-    """A snapshot of a vCPU that is paused or has ended. Raises KvmError."""
-    regs = vcpu.get("KVM_GET_REGS", "kvm_regs")
-    sregs = vcpu.get("KVM_GET_SREGS", "kvm_sregs")
-    return VcpuSnapshot(vcpu.index, fields(regs[0]), fields(sregs[0]), state)
+    def registers(self) -> list[str]:
+        """All registers, a line for each few."""
+        return [f"{name}={value:#x}" for name, value in self.regs.items()]
+
+    def code(self, memory: GuestMemory) -> list[str]:
+        """Where the program counter leads and the instructions there."""
+        return []
+
+    def current(self, memory: GuestMemory, given: bytes = b"") -> str:
+        """The instruction the vCPU is at, as assembly text, or nothing. ``given``: its bytes as
+        KVM saw them, which may be gone from memory."""
+        return ""
+
+    def where(self, memory: GuestMemory) -> list[str]:
+        """Guesses from the state alone: what kind of place the vCPU is at."""
+        return []
+
+    def triple_fault(self, memory: GuestMemory) -> list[str]:
+        """Guesses at why an exception could not be delivered."""
+        return []
+
+    def port_name(self, port: int) -> str:
+        """What usually answers an I/O port, or nothing."""
+        return ""
 
 
 def fields(struct: Any) -> dict[str, Any]:
@@ -99,7 +122,7 @@ def diagnose(
     for number, snap in enumerate(vcpus):
         if number < FULL_VCPUS:
             parts += _vcpu_lines(snap, memory)
-            parts += _exit_lines(exits[number] if number < len(exits) else [])
+            parts += _exit_lines(snap, exits[number] if number < len(exits) else [])
         else:
             parts.append(_short_line(snap))
     tail = console_tail.splitlines()[-CONSOLE_LINES:]
@@ -110,14 +133,12 @@ def diagnose(
 
 def _event_lines(event: Any, snap: VcpuSnapshot | None, memory: GuestMemory) -> list[str]:
     """What KVM said, and guesses at the cause."""
-    from vmm.arch.x86_64 import inspect
-
     kind = event.kind
     if kind == lib.VMM_EV_INTERNAL:
         lines = _internal_lines(event, snap, memory)
     elif kind == lib.VMM_EV_SHUTDOWN:
         lines = ["KVM_EXIT_SHUTDOWN: an exception in the guest could not be delivered."]
-        lines += _guesses(inspect.triple_fault(snap, memory) if snap else [])
+        lines += _guesses(snap.triple_fault(memory) if snap else [])
     elif kind == lib.VMM_EV_FAIL_ENTRY:
         reason = event.extra[0]
         lines = [f"KVM_EXIT_FAIL_ENTRY: the CPU refused to enter the guest, reason {reason:#x}."]
@@ -139,8 +160,6 @@ def _event_lines(event: Any, snap: VcpuSnapshot | None, memory: GuestMemory) -> 
 
 
 def _internal_lines(event: Any, snap: VcpuSnapshot | None, memory: GuestMemory) -> list[str]:
-    from vmm.arch.x86_64 import inspect
-
     suberror = event.extra[0]
     name = constant_name("KVM_INTERNAL_ERROR_", suberror)
     lines = [f"KVM_EXIT_INTERNAL_ERROR, {name}: KVM itself could not go on."]
@@ -154,7 +173,7 @@ def _internal_lines(event: Any, snap: VcpuSnapshot | None, memory: GuestMemory) 
         lines.append(f"  instruction bytes as KVM saw them: {given.hex(' ')}")
     if snap is None:
         return lines
-    text = inspect.current(snap, memory, given)
+    text = snap.current(memory, given)
     what = f"'{text}'" if text else "the instruction at RIP"
     if host.cpu_extension():
         guess = f"KVM had to emulate {what} and cannot: is its operand in device memory, or no RAM?"
@@ -163,7 +182,7 @@ def _internal_lines(event: Any, snap: VcpuSnapshot | None, memory: GuestMemory) 
         f"This host's KVM has no vmx or svm and emulates every instruction: it cannot emulate "
         f"{what}, or an exception there could not be delivered. Try --accel nested."
     )
-    return lines + _guesses([guess, *inspect.triple_fault(snap, memory)])
+    return lines + _guesses([guess, *snap.triple_fault(memory)])
 
 
 def _guesses(sentences: list[str]) -> list[str]:
@@ -171,29 +190,23 @@ def _guesses(sentences: list[str]) -> list[str]:
 
 
 def _vcpu_lines(snap: VcpuSnapshot, memory: GuestMemory) -> list[str]:
-    from vmm.arch.x86_64 import inspect
-
     doing = f", {snap.state}" if snap.state else ""
-    lines = [f"vCPU {snap.index}: {inspect.mode(snap)}{doing}"]
+    lines = [f"vCPU {snap.index}: {snap.mode()}{doing}"]
     # A vCPU that was never started has nothing to show.
     if snap.state.startswith("waiting"):
         return lines
-    lines += _guesses(inspect.where(snap, memory))
-    lines += [f"  {line}" for line in inspect.registers(snap)]
-    return lines + [f"  {line}" for line in inspect.code(snap, memory)]
+    lines += _guesses(snap.where(memory))
+    lines += [f"  {line}" for line in snap.registers()]
+    return lines + [f"  {line}" for line in snap.code(memory)]
 
 
 def _short_line(snap: VcpuSnapshot) -> str:
-    from vmm.arch.x86_64 import inspect
-
     doing = f", {snap.state}" if snap.state else ""
-    return f"vCPU {snap.index}: {inspect.mode(snap)}{doing}, rip={snap.regs['rip']:#x}"
+    return f"vCPU {snap.index}: {snap.mode()}{doing}, {snap.registers()[0]}"
 
 
-def _exit_lines(exits: Sequence[Any]) -> list[str]:
+def _exit_lines(snap: VcpuSnapshot, exits: Sequence[Any]) -> list[str]:
     """The last exits, equal ones in a row on one line."""
-    from vmm.arch.x86_64 import inspect
-
     merged: list[tuple[tuple[int, ...], int]] = []
     for e in exits:
         key = (e.reason, e.addr, e.size, e.is_write, e.cold, e.data if e.is_write else 0)
@@ -205,7 +218,7 @@ def _exit_lines(exits: Sequence[Any]) -> list[str]:
     for (reason, addr, size, is_write, cold, data), count in merged[-MAX_EXITS:]:
         text = f"    {exit_name(reason)}"
         if size:
-            name = inspect.port_name(addr) if reason == lib.KVM_EXIT_IO else ""
+            name = snap.port_name(addr) if reason == lib.KVM_EXIT_IO else ""
             text += f" {'write' if is_write else 'read'} {size} at {addr:#x}"
             text += f" ({name})" if name else ""
             text += f" = {data:#x}" if is_write else ""

@@ -125,19 +125,19 @@ SETTINGS = (
         "kernel", "-k --kernel", "Boot",
         "The kernel or payload to boot: a bzImage, an ELF vmlinux (64-bit or PVH entry, "
         "compressed or not), a multiboot payload, or flat code.",
-        parse=values.parse_path, metavar="FILE", path=True, aliases="--kimg -kernel",
+        parse=values.parse_path, metavar="FILE", path=True, aliases="--kimg",
     ),
     Setting(
         "initrds", "-i --initrd", "Boot",
         "An initial RAM disk. Several are joined in the order given, as the kernel allows; for a "
         "multiboot payload each is a module.",
-        parse=values.parse_path, metavar="FILE", path=True, repeatable=True, aliases="-initrd",
+        parse=values.parse_path, metavar="FILE", path=True, repeatable=True,
     ),
     Setting(
         "append", "-a --append", "Boot",
         "Text to add to the kernel's command line, after what vmm puts there, so that it has the "
         "last word.",
-        metavar="TEXT", repeatable=True, aliases="--params -append",
+        metavar="TEXT", repeatable=True, aliases="--params",
     ),
     Setting(
         "default_append", "--default-append", "Boot",
@@ -163,7 +163,7 @@ SETTINGS = (
         "Number of vCPUs. (-p is the number of vCPUs as in virtme-ng; kvmtool's -p is --append "
         "here.)",
         parse=values.parse_cpus, metavar="N", default=1, types=(int, str),
-        aliases="-smp --smp",
+        aliases="-smp",
     ),
     Setting(
         "cpu", "--cpu", "Machine",
@@ -235,7 +235,7 @@ SETTINGS = (
         "Where the first serial port (ttyS0) ends: stdio, pty, none (no port), buffer (kept in "
         "memory only) or a file to write to.",
         parse=values.parse_target, metavar="TARGET", default="buffer", path=True,
-        default_text="stdio, unless --console is; in the library, buffer", aliases="-serial",
+        default_text="stdio, unless --console is; in the library, buffer",
     ),
     Setting(
         "console", "--console", "Console",
@@ -257,7 +257,6 @@ SETTINGS = (
         "run in it, slower. auto: nested only when this host's KVM is missing or cannot run "
         "the kernel given.",
         choices=("auto", "kvm", "nested"), default="auto", metavar="HOW", machine=False,
-        aliases="-accel",
     ),
     Setting(
         "timeout", "--timeout", "Run",
@@ -294,6 +293,56 @@ SETTINGS = (
         "quiet", "-q --quiet", "Inspection",
         "Say nothing on stderr but errors.",
         kind=SWITCH, default=False, machine=False, commands=("run", "nested"),
+    ),
+    # ---- vmm nested: what its own machine is, not the guest's
+    Setting(
+        "rw", "--rw", "Machine",
+        "A directory of this machine that the command may change; every other write is seen by "
+        "the command alone and lost at its end.",
+        parse=values.parse_path, metavar="DIR", repeatable=True, path=True, commands=NESTED,
+    ),
+    Setting(
+        "env", "-e --env", "Machine",
+        "An environment variable for the command, on top of this environment: KEY=VALUE, or KEY "
+        "to take the value it has here.",
+        metavar="KEY[=VALUE]", repeatable=True, commands=NESTED,
+    ),
+    Setting(
+        "memory", "-m --memory", "Machine",
+        "RAM of the appliance; a plain number is MiB.",
+        parse=values.parse_size, metavar="SIZE", default_text="half of this machine's, up to 4G",
+        types=(str, int), aliases="--mem", commands=NESTED,
+    ),
+    Setting(
+        "cpus", "-c -p --cpus", "Machine",
+        "Number of CPUs of the appliance.",
+        parse=values.parse_cpus, metavar="N", default_text="as many as this machine, up to 2",
+        types=(int, str), commands=NESTED,
+    ),
+    Setting(
+        "kernel", "-k --kernel", "Machine",
+        "The appliance's kernel: an image with its modules beside it, or a directory with "
+        "boot/vmlinuz-* and lib/modules/ in it.",
+        parse=values.parse_path, metavar="PATH", path=True, commands=NESTED,
+        default_text="$VMM_NESTED_KERNEL, a fetched package or the newest that fits in /boot",
+    ),
+    Setting(
+        "timeout", "--timeout", "Run",
+        "Give up after so many seconds (or 90s, 5m, 1h) with status 124; 0 is never.",
+        parse=values.parse_duration, metavar="TIME", default_text="never",
+        types=(str, int, float), commands=NESTED,
+    ),
+    # ---- vmm doctor
+    Setting(
+        "kernel", "-k --kernel", "Checks",
+        "Look at this kernel image too: what it is, and whether its configuration has what a "
+        "guest of vmm needs.",
+        parse=values.parse_path, metavar="FILE", path=True, commands=DOCTOR,
+    ),
+    Setting(
+        "json", "--json", "Checks",
+        "Print the findings as JSON, for programs.",
+        kind=SWITCH, default=False, commands=DOCTOR,
     ),
     Setting(
         "help", "-h --help", "Inspection",

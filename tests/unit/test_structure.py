@@ -13,7 +13,7 @@ PACKAGE = Path(vmm.__file__).parent
 
 #: Rooms from the bottom up: a module imports from its own room or one below it.
 ROOMS = [
-    {"errors", "version", "_native", "values"},
+    {"errors", "host", "_native", "values"},
     {"memory", "kvm", "bus", "irq", "device", "settings", "config", "result", "board", "vcpus"},
     {"console", "terminal", "oops", "diagnose"},
     {"devices", "arch"},
@@ -91,7 +91,12 @@ def test_devices_know_no_machine_and_shared_code_no_architecture() -> None:
             shared = not here.startswith("vmm.arch")
             if shared and target.startswith("vmm.arch.") and target != "vmm.arch.base":
                 wrong.append(f"{here} imports {target}")
-    allowed = {"vmm.cli.doctor imports vmm.arch.x86_64", "vmm.arch.base imports vmm.arch.x86_64"}
+    allowed = {
+        "vmm.cli.doctor imports vmm.arch.x86_64",
+        "vmm.cli.accel imports vmm.arch.x86_64",
+        "vmm.cli.kernel imports vmm.arch.x86_64",
+        "vmm.arch.base imports vmm.arch.x86_64",
+    }
     assert {w for w in wrong if not any(w.startswith(a) for a in allowed)} == set()
 
 

@@ -1,0 +1,16 @@
+"""``vmm`` and ``python -m vmm``."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """The command line of this process. Returns its exit status."""
+    from vmm.cli import main as dispatch
+
+    return dispatch(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

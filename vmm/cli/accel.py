@@ -1,0 +1,98 @@
+"""Where a guest runs: on this host's KVM, or in an appliance that has a true one."""
+
+from __future__ import annotations
+
+import os
+
+from vmm.errors import BootError
+from vmm.host import cpu_extension
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.config import MachineConfig
+
+MIB = 1 << 20
+#: The appliance's own needs beside the guest's RAM.
+APPLIANCE_MEMORY = 1024 * MIB
+#: What the appliance may take to come up, on top of the guest's own deadline, in seconds.
+APPLIANCE_TIME = 300.0
+#: Set inside an appliance: nobody nests there again.
+MARK = "VMM_NESTED"
+
+
+def is_linux(config: MachineConfig) -> bool:
+    """Whether the payload is a Linux kernel. What is no kernel at all is not; it is refused
+    sooner where nothing is booted first."""
+    if config.boot in ("flat", "multiboot") or not config.kernel:
+        return False
+    from vmm.arch.x86_64 import bzimage, elf, linux, unpack
+    from vmm.arch.x86_64.source import Source
+
+    try:
+        with Source.open(config.kernel, "kernel") as source:
+            head = source.head(bzimage.HEAD)
+            if bzimage.recognised(head):
+                return True
+            if head.startswith(elf.MAGIC):
+                return linux.is_linux(elf.Elf(source))
+            return bool(unpack.packing(head))
+    except BootError:
+        return False
+
+
+def choose(accel: str, config: MachineConfig) -> tuple[str, str]:
+    """('kvm' or 'nested', why), for --accel. ``why`` is empty when it goes without saying."""
+    if accel != "auto" or os.environ.get(MARK):
+        return ("nested" if accel == "nested" else "kvm"), ""
+    try:
+        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as e:
+        return "nested", f"/dev/kvm cannot be used ({e.strerror})"
+    if cpu_extension() or not is_linux(config):
+        return "kvm", ""
+    return "nested", "this host's KVM has no vmx or svm and cannot run Linux"
+
+
+def run_nested(config: MachineConfig, flags: list[str], why: str, *, verbose: bool) -> int:
+    """Run the same machine inside an appliance; gives the exit status.
+
+    ``flags`` are those that are not settings of the machine. Raises HostError when the
+    appliance's parts are missing.
+    """
+    import sys
+
+    import vmm
+    from vmm import nested
+    from vmm.errors import HostError
+
+    missing = nested.usable_hint()
+    if missing is not None:
+        raise HostError(f"{why}; {missing}" if why else missing)
+    package = os.path.dirname(os.path.dirname(os.path.abspath(str(vmm.__file__))))
+    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    argv = [sys.executable, "-m", "vmm", "run", "--accel=kvm", *config.to_argv(), *flags]
+    options = nested.Options(
+        rw=writable_directories(config),
+        memory=_appliance_memory(config),
+        timeout=None if config.timeout is None else config.timeout + APPLIANCE_TIME,
+        env=[f"PYTHONPATH={path}"],
+        verbose=verbose,
+    )
+    return nested.run(argv, options)
+
+
+def writable_directories(config: MachineConfig) -> list[str]:
+    """The directories a run writes to: of its console files and its writable disks."""
+    from vmm.values import TARGETS
+
+    files = [target for target in (config.serial, config.console) if target not in TARGETS]
+    files += [disk.path for disk in config.disks if not disk.read_only]
+    real = [os.path.realpath(path) for path in files]
+    # What is no regular file (/dev/null, a block device) is not written by its directory.
+    return sorted({os.path.dirname(p) for p in real if os.path.isfile(p) or not os.path.exists(p)})
+
+
+def _appliance_memory(config: MachineConfig) -> int | None:
+    """None: its default is enough."""
+    enough = config.memory + APPLIANCE_MEMORY
+    return enough if enough > 2048 * MIB else None

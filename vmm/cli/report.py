@@ -1,0 +1,86 @@
+"""What ``vmm run`` prints about a machine: before it runs, after it ran."""
+
+from __future__ import annotations
+
+from vmm.values import format_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from vmm.config import MachineConfig
+
+
+def dry_run(config: MachineConfig, accel: str, form: str) -> str:
+    """The machine that would be built, as text or JSON (``form``). Opens no /dev/kvm."""
+    from vmm.cli.accel import choose
+    from vmm.machine import Machine
+
+    where, why = choose(accel, config)
+    facts: dict[str, Any] = {
+        "accel": where,
+        "accel_reason": why,
+        "cpus": config.cpus,
+        "cpu": config.cpu,
+        "ram": config.memory,
+        "serial": config.serial,
+        "console": config.console,
+        "disks": [str(disk) for disk in config.disks],
+        **Machine(config).describe(),
+    }
+    if form == "json":
+        import json
+
+        return json.dumps(facts, indent=2, default=str)
+    return "\n".join(_text(facts))
+
+
+def _text(facts: dict[str, Any]) -> list[str]:
+    """The known facts first, in a fixed order; then whatever else the machine told."""
+    why = f" ({facts.pop('accel_reason')})" if facts.get("accel_reason") else ""
+    facts.pop("accel_reason", None)
+    lines = [f"accel    {facts.pop('accel')}{why}"]
+    lines.append(f"cpu      {facts.pop('cpus')} x {facts.pop('cpu')}")
+    lines.append(f"memory   {format_size(facts.pop('ram'))}")
+    lines += _table("memory map", facts.pop("memory", []), "type")
+    lines += _table("devices", facts.pop("devices", []), "name")
+    lines += ["command line", f"  {facts.pop('command_line', '')}"]
+    for name, value in facts.items():
+        if isinstance(value, list):
+            lines += [name, *(f"  {item}" for item in value)] if value else []
+        elif value not in (None, ""):
+            lines.append(f"{name:<8} {value}")
+    return lines
+
+
+def _table(title: str, rows: list[dict[str, Any]], last: str) -> list[str]:
+    """Ranges in address order per bus, ``last`` naming each."""
+    lines = [title]
+    for row in sorted(rows, key=lambda row: (str(row.get("bus", "")), row.get("base", 0))):
+        rest = {k: v for k, v in row.items() if k not in ("base", "size", "bus", last)}
+        more = "".join(f"  {key} {value}" for key, value in rest.items() if value is not None)
+        bus = f"{row['bus']:<5}" if "bus" in row else ""
+        base, size = int(row.get("base", 0)), int(row.get("size", 0))
+        where = f"{base:#014x}-{base + size - 1:#014x}  " if size else ""
+        lines.append(f"  {bus}{where}{row.get(last, '')}{more}")
+    return lines
+
+
+def exits(counts: list[tuple[str, int, bool, int, int]]) -> str:
+    """The table of --debug-exits, most frequent first. ``counts`` as Machine.exit_counts()."""
+    total = sum(count for *_, count, _ in counts)
+    cold = sum(row[4] for row in counts)
+    lines = [f"{total} exits, {cold} answered by Python ({_percent(cold, total)})"]
+    lines.append(f"{'count':>10} {'share':>6} {'Python':>7}  what")
+    for reason, addr, is_write, count, slow in counts:
+        access = ""
+        if reason in ("KVM_EXIT_IO", "KVM_EXIT_MMIO"):
+            access = f" {'write' if is_write else 'read'} {addr:#x}"
+        lines.append(
+            f"{count:>10} {_percent(count, total):>6} {_percent(slow, count):>7}  {reason}{access}"
+        )
+    return "\n".join(lines)
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.0f}%" if whole else "0%"
