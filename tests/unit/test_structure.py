@@ -96,6 +96,7 @@ def test_devices_know_no_machine_and_shared_code_no_architecture() -> None:
         "vmm.cli.accel imports vmm.arch.x86_64",
         "vmm.cli.kernel imports vmm.arch.x86_64",
         "vmm.arch.base imports vmm.arch.x86_64",
+        "vmm.nested.image imports vmm.arch.x86_64",  # the emulated host is always one
     }
     assert {w for w in wrong if not any(w.startswith(a) for a in allowed)} == set()
 

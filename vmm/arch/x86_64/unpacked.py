@@ -9,8 +9,36 @@ from vmm.arch.x86_64.source import Source
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from vmm.arch.x86_64.bzimage import BzImage
-    from vmm.arch.x86_64.request import Request
+
+    class Request(Protocol):
+        """What unpacking needs of a boot.request.Request."""
+
+        cache: bool
+        opened: list[Source]
+
+
+class Alone:
+    """What unpacking needs when nothing is loaded."""
+
+    __slots__ = ("cache", "opened")
+
+    def __init__(self) -> None:
+        self.cache = True
+        self.opened: list[Source] = []
+
+
+def vmlinux(path: str) -> Source | None:
+    """The vmlinux inside the bzImage at ``path``, for a loader that is not ours; the caller
+    closes it. None when the file is no bzImage or this host cannot unpack it; what is inside
+    may then be asked of the kernel itself. Raises BootError when the file cannot be read or is
+    damaged."""
+    with Source.open(path, "kernel") as source:
+        if not bzimage.recognised(source.head(0x206)):
+            return None
+        return payload(Alone(), bzimage.BzImage(source))
 
 
 def whole_file(request: Request, source: Source, head: bytes) -> Source | None:

@@ -1,0 +1,401 @@
+/*
+ * /init of vmm's guests: carries out /plan, a list of records made by the host, as process 1.
+ *
+ * A record is a verb, a decimal count, and that many arguments, each ended by a NUL byte. The
+ * verbs are run in order; the table at the end lists them. Built static, needs nothing but the
+ * kernel; what it says goes to the console (prefix "vmm-init:") and to the control port.
+ */
+#define _GNU_SOURCE
+#include "init.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <net/if.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+static struct session session = { .umask = 022, .stdio = { "null", "port", "port" } };
+static const char *end_mode = "reboot";
+static int kmsg_fd = -1;
+
+_Noreturn static void machine_end(void)
+{
+	sync();
+	/* "wait": the host ends the machine when it has read everything; not for ever, though. */
+	if (strcmp(end_mode, "wait") == 0)
+		poll(NULL, 0, 20000);
+	reboot(strcmp(end_mode, "poweroff") == 0 ? RB_POWER_OFF : RB_AUTOBOOT);
+	for (;;)
+		pause();
+}
+
+void die(const char *fmt, ...)
+{
+	char text[512];
+	va_list ap;
+
+	va_start(ap, fmt);
+	vsnprintf(text, sizeof(text), fmt, ap);
+	va_end(ap);
+	for (char *c = text; *c; c++)
+		if (*c == '\n')
+			*c = ' ';
+	dprintf(2, "vmm-init: %s\n", text);
+	if (ctl_fd >= 0)
+		ctl_send("fail %s", text);
+	machine_end();
+}
+
+static unsigned long number(const char *text, int base)
+{
+	char *end;
+	unsigned long value = strtoul(text, &end, base);
+
+	if (*text == '\0' || *end != '\0')
+		die("bad number in the plan: %s", text);
+	return value;
+}
+
+/* mkdir -p; what is there already is fine. */
+static void make_dirs(const char *path)
+{
+	char buf[4096];
+	size_t len = strlen(path);
+
+	if (len == 0 || len >= sizeof(buf))
+		die("bad path in the plan");
+	memcpy(buf, path, len + 1);
+	for (size_t i = 1; i <= len; i++) {
+		if (buf[i] != '/' && buf[i] != '\0')
+			continue;
+		char keep = buf[i];
+
+		buf[i] = '\0';
+		if (mkdir(buf, 0755) < 0 && errno != EEXIST)
+			die("cannot make the directory %s: %s", buf, strerror(errno));
+		buf[i] = keep;
+	}
+}
+
+/* note TEXT: a line in the kernel's log, with the kernel's clock */
+static void do_note(char **arg, size_t count)
+{
+	(void)count;
+	if (kmsg_fd < 0)
+		kmsg_fd = open("/dev/kmsg", O_WRONLY | O_CLOEXEC);
+	if (kmsg_fd >= 0)
+		dprintf(kmsg_fd, "vmm-init: %s\n", arg[0]);
+}
+
+/* module PATH PARAMETERS: load a kernel module; one that is there already is fine */
+static void do_module(char **arg, size_t count)
+{
+	int fd = open(arg[0], O_RDONLY | O_CLOEXEC);
+
+	(void)count;
+	if (fd < 0)
+		die("cannot open the module %s: %s", arg[0], strerror(errno));
+	if (syscall(SYS_finit_module, fd, arg[1], 0) < 0 && errno != EEXIST)
+		die("the kernel refused the module %s: %s", arg[0], strerror(errno));
+	close(fd);
+}
+
+static unsigned long mount_flag(const char *word)
+{
+	static const struct {
+		const char *word;
+		unsigned long flag;
+	} table[] = {
+		{ "ro", MS_RDONLY },	 { "nosuid", MS_NOSUID },   { "nodev", MS_NODEV },
+		{ "noexec", MS_NOEXEC }, { "noatime", MS_NOATIME }, { "relatime", MS_RELATIME },
+		{ "bind", MS_BIND },	 { "rec", MS_REC },	    { "remount", MS_REMOUNT },
+		{ "move", MS_MOVE },
+	};
+
+	for (size_t i = 0; i < sizeof(table) / sizeof(table[0]); i++)
+		if (strcmp(word, table[i].word) == 0)
+			return table[i].flag;
+	die("unknown mount flag in the plan: %s", word);
+}
+
+/* mount TYPE SOURCE TARGET FLAGS DATA: FLAGS are words with commas; TARGET is made */
+static void do_mount(char **arg, size_t count)
+{
+	unsigned long flags = 0;
+	char *save = NULL;
+
+	(void)count;
+	for (char *w = strtok_r(arg[3], ",", &save); w; w = strtok_r(NULL, ",", &save))
+		flags |= mount_flag(w);
+	make_dirs(arg[2]);
+	if (mount(arg[1], arg[2], arg[0], flags, arg[4]) < 0)
+		die("cannot mount %s (%s) on %s: %s", arg[1], arg[0], arg[2], strerror(errno));
+}
+
+/* mkdir PATH MODE */
+static void do_mkdir(char **arg, size_t count)
+{
+	(void)count;
+	make_dirs(arg[0]);
+	if (chmod(arg[0], number(arg[1], 8)) < 0)
+		die("cannot set the mode of %s: %s", arg[0], strerror(errno));
+}
+
+/* symlink TARGET LINK: a link that is there already stays */
+static void do_symlink(char **arg, size_t count)
+{
+	(void)count;
+	if (symlink(arg[0], arg[1]) < 0 && errno != EEXIST)
+		die("cannot link %s: %s", arg[1], strerror(errno));
+}
+
+/* chmod PATH MODE: a path that is not there is skipped */
+static void do_chmod(char **arg, size_t count)
+{
+	(void)count;
+	if (chmod(arg[0], number(arg[1], 8)) < 0 && errno != ENOENT)
+		die("cannot set the mode of %s: %s", arg[0], strerror(errno));
+}
+
+/* write PATH TEXT: as for /proc/sys; a path that is not there is skipped */
+static void do_write(char **arg, size_t count)
+{
+	int fd = open(arg[0], O_WRONLY | O_CLOEXEC);
+
+	(void)count;
+	if (fd < 0) {
+		if (errno == ENOENT)
+			return;
+		die("cannot open %s: %s", arg[0], strerror(errno));
+	}
+	if (write(fd, arg[1], strlen(arg[1])) < 0)
+		die("cannot write to %s: %s", arg[0], strerror(errno));
+	close(fd);
+}
+
+/* require PATH MILLISECONDS TEXT: wait for a path; TEXT says what its absence means */
+static void do_require(char **arg, size_t count)
+{
+	(void)count;
+	for (unsigned long left = number(arg[1], 10); access(arg[0], F_OK) < 0; left--) {
+		if (left == 0)
+			die("%s", arg[2]);
+		poll(NULL, 0, 1);
+	}
+}
+
+/* root PATH: make PATH the root directory */
+static void do_root(char **arg, size_t count)
+{
+	(void)count;
+	if (chdir(arg[0]) < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0 ||
+	    chdir("/") < 0)
+		die("cannot make %s the root: %s", arg[0], strerror(errno));
+}
+
+/* hostname NAME */
+static void do_hostname(char **arg, size_t count)
+{
+	(void)count;
+	if (sethostname(arg[0], strlen(arg[0])) < 0)
+		die("cannot set the host name: %s", strerror(errno));
+}
+
+/* loopback: bring up lo; a kernel without networking is fine */
+static void do_loopback(char **arg, size_t count)
+{
+	struct ifreq ifr = { .ifr_name = "lo" };
+	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+
+	(void)arg;
+	(void)count;
+	if (fd < 0)
+		return;
+	if (ioctl(fd, SIOCGIFFLAGS, &ifr) == 0) {
+		ifr.ifr_flags |= IFF_UP | IFF_RUNNING;
+		ioctl(fd, SIOCSIFFLAGS, &ifr);
+	}
+	close(fd);
+}
+
+/* ports PREFIX: open the virtio-serial ports of this prefix; from here on errors reach the host */
+static void do_ports(char **arg, size_t count)
+{
+	(void)count;
+	session.port_prefix = arg[0];
+	session_open(&session);
+}
+
+/* end MODE: what follows the command's end: wait (for the host), poweroff or reboot */
+static void do_end(char **arg, size_t count)
+{
+	(void)count;
+	end_mode = arg[0];
+}
+
+static void do_argv(char **arg, size_t count)
+{
+	(void)count;
+	session.argv = arg; /* the record's vector ends with NULL */
+}
+
+static void do_env(char **arg, size_t count)
+{
+	(void)count;
+	session.envp = arg;
+}
+
+static void do_cwd(char **arg, size_t count)
+{
+	(void)count;
+	session.cwd = arg[0];
+}
+
+/* ids UID GID GROUP... */
+static void do_ids(char **arg, size_t count)
+{
+	session.uid = number(arg[0], 10);
+	session.gid = number(arg[1], 10);
+	session.group_count = count - 2;
+	session.groups = calloc(count - 1, sizeof(gid_t));
+	if (!session.groups)
+		die("out of memory");
+	for (size_t i = 2; i < count; i++)
+		session.groups[i - 2] = number(arg[i], 10);
+}
+
+/* limits UMASK NOFILE */
+static void do_limits(char **arg, size_t count)
+{
+	(void)count;
+	session.umask = number(arg[0], 8);
+	session.nofile = number(arg[1], 10);
+}
+
+/* stdio IN OUT ERR: each one of port, tty, null; stderr also stdout */
+static void do_stdio(char **arg, size_t count)
+{
+	(void)count;
+	for (int i = 0; i < 3; i++)
+		session.stdio[i] = arg[i];
+}
+
+/* tty ROWS COLUMNS raw|cooked: the terminal at the far end */
+static void do_tty(char **arg, size_t count)
+{
+	(void)count;
+	session.rows = number(arg[0], 10);
+	session.cols = number(arg[1], 10);
+	session.tty_cooked = strcmp(arg[2], "cooked") == 0;
+}
+
+/* run: start the command and see it to its end; the plan's last record */
+static void do_run(char **arg, size_t count)
+{
+	(void)arg;
+	(void)count;
+	if (!session.argv || !session.argv[0] || !session.envp)
+		die("the plan has no command");
+	session_run(&session);
+	machine_end();
+}
+
+static const struct {
+	const char *verb;
+	size_t min_args;
+	void (*run)(char **arg, size_t count);
+} verbs[] = {
+	{ "note", 1, do_note },	      { "module", 2, do_module },   { "mount", 5, do_mount },
+	{ "mkdir", 2, do_mkdir },     { "symlink", 2, do_symlink }, { "chmod", 2, do_chmod },
+	{ "write", 2, do_write },     { "require", 3, do_require }, { "root", 1, do_root },
+	{ "hostname", 1, do_hostname }, { "loopback", 0, do_loopback }, { "ports", 1, do_ports },
+	{ "end", 1, do_end },	    { "argv", 1, do_argv },
+	{ "env", 0, do_env },	      { "cwd", 1, do_cwd },	    { "ids", 2, do_ids },
+	{ "limits", 2, do_limits },   { "stdio", 3, do_stdio },	    { "tty", 3, do_tty },
+	{ "run", 0, do_run },
+};
+
+static char *read_plan(const char *path, size_t *size)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	struct stat st;
+	char *text;
+
+	if (fd < 0 || fstat(fd, &st) < 0)
+		die("cannot open %s: %s", path, strerror(errno));
+	text = malloc(st.st_size + 1);
+	if (!text)
+		die("out of memory");
+	for (*size = 0; *size < (size_t)st.st_size;) {
+		ssize_t got = read(fd, text + *size, st.st_size - *size);
+
+		if (got <= 0)
+			die("cannot read %s", path);
+		*size += got;
+	}
+	text[*size] = '\0';
+	close(fd);
+	return text;
+}
+
+/* The next NUL-ended string of the plan. */
+static char *next_string(char **at, char *end)
+{
+	char *text = *at;
+
+	if (text >= end)
+		die("the plan is cut short");
+	*at = text + strlen(text) + 1;
+	return text;
+}
+
+static void run_plan(char *at, char *end)
+{
+	while (at < end) {
+		const char *verb = next_string(&at, end);
+		size_t count = number(next_string(&at, end), 10), i;
+
+		if (count > (size_t)(end - at))
+			die("the plan is cut short");
+		char **arg = calloc(count + 1, sizeof(*arg));
+
+		if (!arg)
+			die("out of memory");
+		for (i = 0; i < count; i++)
+			arg[i] = next_string(&at, end);
+		for (i = 0; i < sizeof(verbs) / sizeof(verbs[0]); i++)
+			if (strcmp(verb, verbs[i].verb) == 0)
+				break;
+		if (i == sizeof(verbs) / sizeof(verbs[0]) || count < verbs[i].min_args)
+			die("the plan has a record this /init does not know: %s", verb);
+		verbs[i].run(arg, count); /* the session keeps some vectors: never freed */
+	}
+}
+
+int main(int argc, char **argv)
+{
+	size_t size;
+	char *plan;
+
+	if (getpid() != 1 && argc != 2) {
+		fprintf(stderr, "usage: %s PLAN (it is meant to be a guest's /init)\n", argv[0]);
+		return 2;
+	}
+	signal(SIGPIPE, SIG_IGN);
+	umask(0);
+	plan = read_plan(getpid() == 1 ? "/plan" : argv[1], &size);
+	run_plan(plan, plan + size);
+	die("the plan ends without running a command");
+}

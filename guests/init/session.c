@@ -1,0 +1,363 @@
+/*
+ * The session: one command, its streams carried over virtio-serial ports, its end reported.
+ *
+ * The control port speaks lines. To the host: "started", "exit STATUS OUT ERR TTY" (the bytes sent
+ * on each port, so that the host knows when it has them all), "input-closed", "fail TEXT".
+ * From the host: "eof COUNT" (stdin ends after COUNT bytes), "winch ROWS COLUMNS", "signal N",
+ * "close out|err" (nobody reads that stream any more).
+ */
+#define _GNU_SOURCE
+#include "init.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pty.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/signalfd.h>
+#include <sys/wait.h>
+#include <termios.h>
+#include <time.h>
+#include <unistd.h>
+
+#define BUFFER_SIZE 65536
+#define DRAIN_MS 3000 /* how long killed processes may hold a stream open */
+
+/* One direction of one stream: what came from `from` and is still owed to `to`. */
+struct channel {
+	int from, to;
+	size_t start, fill;
+	uint64_t total;	  /* bytes taken from `from` */
+	bool to_broken;	  /* nobody reads: take and drop */
+	char *buf;
+};
+
+static struct channel channels[STREAM_COUNT];
+static int port_fd[STREAM_COUNT] = { -1, -1, -1, -1 };
+static uint64_t input_size = UINT64_MAX; /* where stdin ends, once the host has said so */
+static int pty_master = -1;
+static pid_t child = -1;
+static int child_status = -1;
+
+static bool stdio_is(const struct session *s, int i, const char *how)
+{
+	return strcmp(s->stdio[i], how) == 0;
+}
+
+static bool wants_tty(const struct session *s)
+{
+	return stdio_is(s, 0, "tty") || stdio_is(s, 1, "tty") || stdio_is(s, 2, "tty");
+}
+
+void session_open(struct session *s)
+{
+	ctl_fd = port_open(s->port_prefix, "ctl");
+	if (!stdio_is(s, 0, "null"))
+		port_fd[STREAM_IN] = port_open(s->port_prefix, "in");
+	if (stdio_is(s, 1, "port"))
+		port_fd[STREAM_OUT] = port_open(s->port_prefix, "out");
+	if (stdio_is(s, 2, "port"))
+		port_fd[STREAM_ERR] = port_open(s->port_prefix, "err");
+	if (wants_tty(s))
+		port_fd[STREAM_TTY] = port_open(s->port_prefix, "tty");
+}
+
+/* One stream of the child by pipe: fds[i] is the child's end, the other end is returned. */
+static int child_pipe(int fds[3], int i)
+{
+	int ends[2], ours = i == 0 ? 1 : 0;
+
+	if (pipe2(ends, O_CLOEXEC) < 0)
+		die("cannot make a pipe: %s", strerror(errno));
+	fcntl(ends[ours], F_SETFL, O_NONBLOCK);
+	fcntl(ends[ours], F_SETPIPE_SZ, 4 * BUFFER_SIZE);
+	fds[i] = ends[!ours];
+	return ends[ours];
+}
+
+static int open_pty(const struct session *s)
+{
+	struct winsize size = { .ws_row = s->rows, .ws_col = s->cols };
+	struct termios mode;
+	int slave;
+
+	if (openpty(&pty_master, &slave, NULL, NULL, &size) < 0)
+		die("cannot make a terminal: %s", strerror(errno));
+	fcntl(pty_master, F_SETFD, FD_CLOEXEC);
+	fcntl(slave, F_SETFD, FD_CLOEXEC);
+	fcntl(pty_master, F_SETFL, O_NONBLOCK);
+	tcgetattr(slave, &mode);
+	mode.c_iflag |= IUTF8;
+	if (s->tty_cooked)
+		mode.c_oflag &= ~OPOST;
+	tcsetattr(slave, TCSANOW, &mode);
+	if (fchown(slave, s->uid, -1) < 0)
+		die("cannot give the terminal away: %s", strerror(errno));
+	return slave;
+}
+
+static void channel_init(int i, int from, int to)
+{
+	channels[i] = (struct channel){ .from = from, .to = to, .buf = malloc(BUFFER_SIZE) };
+	if (!channels[i].buf)
+		die("out of memory");
+}
+
+static void session_spawn(const struct session *s)
+{
+	int fds[3], report[2], slave = wants_tty(s) ? open_pty(s) : -1;
+	char text[256];
+	ssize_t got;
+
+	for (int i = 0; i < STREAM_COUNT; i++)
+		channels[i].from = channels[i].to = -1;
+	for (int i = 0; i < 3; i++) {
+		if (stdio_is(s, i, "tty"))
+			fds[i] = slave;
+		else if (stdio_is(s, i, "stdout"))
+			fds[i] = fds[1];
+		else if (stdio_is(s, i, "null"))
+			fds[i] = open("/dev/null", O_RDWR | O_CLOEXEC);
+		else if (i == 0)
+			channel_init(STREAM_IN, port_fd[STREAM_IN], child_pipe(fds, 0));
+		else
+			channel_init(i, child_pipe(fds, i), port_fd[i]);
+	}
+	if (slave >= 0)
+		channel_init(STREAM_TTY, pty_master, port_fd[STREAM_TTY]);
+	if (stdio_is(s, 0, "tty"))
+		channel_init(STREAM_IN, port_fd[STREAM_IN], dup(pty_master));
+	if (pipe2(report, O_CLOEXEC) < 0)
+		die("cannot make a pipe: %s", strerror(errno));
+	child = fork();
+	if (child < 0)
+		die("cannot start a process: %s", strerror(errno));
+	if (child == 0)
+		child_main(s, fds, slave, report[1]);
+	close(report[1]);
+	for (int i = 0; i < 3; i++)
+		if (fds[i] != slave && (i != 2 || fds[2] != fds[1]))
+			close(fds[i]);
+	if (slave >= 0)
+		close(slave);
+	got = read(report[0], text, sizeof(text) - 1); /* ends when exec closes the other end */
+	if (got > 0) {
+		text[got] = '\0';
+		die("%s", text);
+	}
+	close(report[0]);
+	ctl_send("started");
+}
+
+static void channel_close(struct channel *c)
+{
+	/* The ports stay open: closing one would throw away what the host has yet to take. */
+	if (c != &channels[STREAM_IN] && c->from >= 0)
+		close(c->from);
+	if (c == &channels[STREAM_IN] && c->to >= 0)
+		close(c->to);
+	c->from = c->to = -1;
+}
+
+static bool channel_open(const struct channel *c)
+{
+	return c->buf && c->to >= 0;
+}
+
+/* Moves what can be moved without waiting; true when something moved. */
+static bool channel_step(struct channel *c)
+{
+	bool is_input = c == &channels[STREAM_IN], moved = false;
+	ssize_t n;
+
+	if (!channel_open(c))
+		return false;
+	if (c->fill == 0 && c->from >= 0) {
+		n = read(c->from, c->buf, BUFFER_SIZE);
+		if (n > 0) {
+			c->start = 0;
+			c->fill = n;
+			c->total += n;
+			moved = true;
+		} else if (!is_input && (n == 0 || (errno != EAGAIN && errno != EINTR))) {
+			channel_close(c); /* the last writer is gone (EIO on a pty) */
+			return true;
+		}
+	}
+	if (c->fill > 0 && !c->to_broken) {
+		n = write(c->to, c->buf + c->start, c->fill);
+		if (n > 0) {
+			c->start += n;
+			c->fill -= n;
+			moved = true;
+		} else if (n < 0 && errno != EAGAIN && errno != EINTR) {
+			c->to_broken = true;
+			if (is_input)
+				ctl_send("input-closed");
+		}
+	}
+	if (c->to_broken)
+		c->fill = 0;
+	if (is_input && c->fill == 0 && c->total >= input_size) {
+		channel_close(c);
+		moved = true;
+	}
+	return moved;
+}
+
+static void deliver_signal(int signo)
+{
+	pid_t group = pty_master >= 0 ? tcgetpgrp(pty_master) : -1;
+
+	if (signo <= 0 || signo >= NSIG || child_status >= 0)
+		return;
+	if (group <= 1 || (signo != SIGINT && signo != SIGQUIT))
+		group = child;
+	if (kill(-group, signo) < 0)
+		kill(child, signo);
+}
+
+static void handle_line(const char *line)
+{
+	unsigned long long count;
+	struct winsize size = { 0 };
+	char word[8];
+	int signo;
+
+	if (sscanf(line, "eof %llu", &count) == 1) {
+		input_size = count;
+	} else if (sscanf(line, "winch %hu %hu", &size.ws_row, &size.ws_col) == 2) {
+		if (pty_master >= 0)
+			ioctl(pty_master, TIOCSWINSZ, &size);
+	} else if (sscanf(line, "signal %d", &signo) == 1) {
+		deliver_signal(signo);
+	} else if (sscanf(line, "close %7s", word) == 1) {
+		int i = strcmp(word, "err") == 0 ? STREAM_ERR : STREAM_OUT;
+
+		/* The command's next write shall meet a broken pipe, as it would on the host. */
+		if (channel_open(&channels[i]))
+			channel_close(&channels[i]);
+	}
+}
+
+static void read_ctl(void)
+{
+	static char text[1024];
+	static size_t fill;
+	ssize_t got = read(ctl_fd, text + fill, sizeof(text) - 1 - fill);
+	char *eol;
+
+	if (got <= 0)
+		return;
+	fill += got;
+	text[fill] = '\0';
+	while ((eol = strchr(text, '\n'))) {
+		*eol = '\0';
+		handle_line(text);
+		fill -= eol + 1 - text;
+		memmove(text, eol + 1, fill + 1);
+	}
+	if (fill == sizeof(text) - 1)
+		fill = 0; /* no line is that long */
+}
+
+/* Buries the dead; when the command itself is among them, ends everything else too. */
+static void reap(int signal_fd)
+{
+	struct signalfd_siginfo info;
+	int status;
+	pid_t pid;
+
+	while (read(signal_fd, &info, sizeof(info)) > 0)
+		;
+	while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+		if (pid != child)
+			continue;
+		child_status = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+		kill(-1, SIGKILL);
+	}
+}
+
+static long now_ms(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1000L + t.tv_nsec / 1000000;
+}
+
+static bool outputs_open(void)
+{
+	return channel_open(&channels[STREAM_OUT]) || channel_open(&channels[STREAM_ERR]) ||
+	       channel_open(&channels[STREAM_TTY]);
+}
+
+/* True as long as the host has yet to take something. */
+static bool outputs_owed(void)
+{
+	for (int i = STREAM_OUT; i < STREAM_COUNT; i++)
+		if (channel_open(&channels[i]) && channels[i].fill > 0)
+			return true;
+	return false;
+}
+
+static size_t poll_set(struct pollfd *set, int signal_fd)
+{
+	size_t n = 0;
+
+	set[n++] = (struct pollfd){ .fd = signal_fd, .events = POLLIN };
+	set[n++] = (struct pollfd){ .fd = ctl_fd, .events = POLLIN };
+	for (int i = 0; i < STREAM_COUNT; i++) {
+		struct channel *c = &channels[i];
+
+		if (!channel_open(c))
+			continue;
+		if (c->fill > 0)
+			set[n++] = (struct pollfd){ .fd = c->to, .events = POLLOUT };
+		else
+			set[n++] = (struct pollfd){ .fd = c->from, .events = POLLIN };
+	}
+	return n;
+}
+
+void session_run(struct session *s)
+{
+	struct pollfd set[2 + STREAM_COUNT];
+	long quiet_since = 0;
+	sigset_t mask;
+	int signal_fd;
+
+	sigemptyset(&mask);
+	sigaddset(&mask, SIGCHLD);
+	sigprocmask(SIG_BLOCK, &mask, NULL);
+	signal_fd = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
+	if (signal_fd < 0)
+		die("cannot make a signalfd: %s", strerror(errno));
+	session_spawn(s);
+	while (child_status < 0 || outputs_open()) {
+		bool moved = false;
+
+		poll(set, poll_set(set, signal_fd), child_status < 0 ? -1 : 100);
+		if (set[1].revents & POLLHUP)
+			die("the host closed the control port");
+		if (set[0].revents)
+			reap(signal_fd);
+		if (set[1].revents)
+			read_ctl();
+		for (int i = 0; i < STREAM_COUNT; i++)
+			moved |= channel_step(&channels[i]);
+		if (child_status < 0 || moved || outputs_owed())
+			quiet_since = now_ms();
+		else if (now_ms() - quiet_since > DRAIN_MS)
+			break; /* something unkillable holds a stream: its output is over */
+	}
+	sync();
+	ctl_send("exit %d %llu %llu %llu", child_status,
+		 (unsigned long long)channels[STREAM_OUT].total,
+		 (unsigned long long)channels[STREAM_ERR].total,
+		 (unsigned long long)channels[STREAM_TTY].total);
+}

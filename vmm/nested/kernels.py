@@ -1,0 +1,223 @@
+"""Finds a kernel with its modules for a guest, and fetches Debian's without being root."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+
+from vmm.errors import HostError
+from vmm.nested.modules import ModuleTree
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_IMAGE_PREFIX = "vmlinuz-"
+_ADVICE = "install linux-image-amd64 (Debian), run `make kernels`, or name one with --kernel"
+
+
+class KernelTree:
+    """A bootable image and the modules made with it: ``version``, ``image``, ``modules_dir``."""
+
+    __slots__ = ("image", "modules_dir", "version")
+
+    def __init__(self, version: str, image: str, modules_dir: str) -> None:
+        self.version = version
+        self.image = image
+        self.modules_dir = modules_dir
+
+    def __repr__(self) -> str:
+        return f"KernelTree({self.version!r}, {self.image!r}, {self.modules_dir!r})"
+
+
+def cache_dir() -> str:
+    """Where this user's caches of vmm are: $XDG_CACHE_HOME/vmm, else ~/.cache/vmm."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(base, "vmm")
+
+
+def packages_dir() -> str:
+    """Where ``fetch_debian_kernel`` unpacks packages."""
+    return os.path.join(cache_dir(), "kernel-packages")
+
+
+def find_kernel(need: list[str], kernel: str | None = None) -> KernelTree:
+    """A kernel that can be read and has all modules in ``need`` (or has them built in).
+
+    Looked at in this order: ``kernel``, $VMM_NESTED_KERNEL (each an image or a directory with
+    boot/ and lib/modules/ in it), the packages fetched before, and /boot. A kernel that was
+    named must do; otherwise the newest that does is taken.
+
+    Raises:
+        HostError: none is there; says what is missing and what to install.
+    """
+    named = kernel or os.environ.get("VMM_NESTED_KERNEL")
+    if named:
+        trees = list(_trees_at(named))
+        if not trees:
+            raise HostError(
+                f"There is no kernel with its modules at {named}: give an image next to its "
+                "/lib/modules, or a directory with boot/vmlinuz-* and lib/modules/ in it"
+            )
+    else:
+        trees = [*_fetched(), *_in_directory("/")]
+    reason = "none is installed"
+    for tree in trees:
+        missing = [name for name in need if not ModuleTree(tree.modules_dir).has(name)]
+        if missing:
+            reason = f"{tree.version} has no {', '.join(missing)}"
+        elif not os.access(tree.image, os.R_OK):
+            reason = f"{tree.image} cannot be read"
+        else:
+            return tree
+    raise HostError(f"No kernel for the nested machine ({reason}): {_ADVICE}")
+
+
+def _trees_at(path: str) -> Iterator[KernelTree]:
+    if os.path.isdir(path):
+        yield from _in_directory(path)
+        return
+    name = os.path.basename(path)
+    if not os.path.isfile(path) or not name.startswith(_IMAGE_PREFIX):
+        return
+    version = name[len(_IMAGE_PREFIX) :]
+    top = os.path.dirname(os.path.dirname(os.path.abspath(path)))
+    for base in (top, "/"):
+        modules = os.path.join(base, "lib/modules", version)
+        if os.path.isdir(modules):
+            yield KernelTree(version, path, modules)
+            return
+
+
+def _in_directory(top: str) -> list[KernelTree]:
+    """The kernels of a tree laid out as / is, newest first."""
+    found = []
+    try:
+        names = os.listdir(os.path.join(top, "boot"))
+    except OSError:
+        return []
+    for name in names:
+        version = name[len(_IMAGE_PREFIX) :]
+        for lib in ("lib/modules", "usr/lib/modules"):
+            modules = os.path.join(top, lib, version)
+            if name.startswith(_IMAGE_PREFIX) and os.path.isdir(modules):
+                found.append(KernelTree(version, os.path.join(top, "boot", name), modules))
+                break
+    return sorted(found, key=lambda tree: version_key(tree.version), reverse=True)
+
+
+def _fetched() -> list[KernelTree]:
+    try:
+        packages = os.listdir(packages_dir())
+    except OSError:
+        return []
+    trees = []
+    for package in packages:
+        if not package.startswith("."):
+            trees += _in_directory(os.path.join(packages_dir(), package))
+    return sorted(trees, key=lambda tree: version_key(tree.version), reverse=True)
+
+
+def version_key(version: str) -> list[tuple[int, int, str]]:
+    """Sorts versions as people do: 6.1.0-9 before 6.1.0-10."""
+    key: list[tuple[int, int, str]] = []
+    word = ""
+    for char in version + ".":
+        if word and char.isdigit() == word[-1].isdigit() and char.isalnum():
+            word += char
+            continue
+        if word:
+            key.append((1, int(word), "") if word[0].isdigit() else (0, 0, word))
+        word = char if char.isalnum() else ""
+    return key
+
+
+def fetch_debian_kernel(flavour: str = "amd64") -> KernelTree:
+    """Download Debian's newest kernel package of a flavour and unpack it into the cache.
+
+    ``flavour`` is ``amd64`` (the generic kernel) or ``cloud-amd64``. Needs apt and dpkg-deb but
+    not root; says on stderr what it does; does nothing when the package is there already.
+
+    Raises:
+        HostError: apt does not know the package, or a step failed.
+    """
+    _need_tools("apt-cache")
+    package = _newest_package(flavour)
+    target = fetch_package(package)
+    trees = _in_directory(target)
+    if not trees:
+        raise HostError(f"{target} has no kernel in it: remove the directory and try again")
+    return trees[0]
+
+
+def fetch_package(package: str) -> str:
+    """Download a Debian package and unpack it into the cache, without being root.
+
+    Gives the directory its files are in (``usr/...`` below it); says on stderr what it does, and
+    does nothing when the package is there already. Raises HostError.
+    """
+    target = os.path.join(packages_dir(), package)
+    if not os.path.isdir(target):
+        _need_tools("apt-get", "dpkg-deb")
+        _download(package, target)
+    return target
+
+
+def _need_tools(*tools: str) -> None:
+    for tool in tools:
+        if shutil.which(tool) is None:
+            raise HostError(f"Fetching from Debian needs {tool}, which is not here: {_ADVICE}")
+
+
+def _newest_package(flavour: str) -> str:
+    """The package that linux-image-FLAVOUR stands for, such as linux-image-6.1.0-56-amd64."""
+    meta = f"linux-image-{flavour}"
+    names = []
+    for line in _output("apt-cache", "depends", "--important", meta).splitlines():
+        word, _, name = line.strip().partition(": ")
+        if word == "Depends" and name.startswith("linux-image-"):
+            names.append(name)
+    if not names:
+        raise HostError(f"apt knows no package {meta}: run `apt-get update` as root first")
+    return names[0]
+
+
+def _download(package: str, target: str) -> None:
+    work = os.path.join(packages_dir(), f".{package}.{os.getpid()}")
+    os.makedirs(work)
+    try:
+        print(f"vmm: downloading {package} into {packages_dir()}", file=sys.stderr, flush=True)
+        # --download-only works as any user; apt's own sandbox user cannot write to our cache.
+        _output("apt-get", "-q", "-o", "APT::Sandbox::User=", "download", package, cwd=work)
+        debs = [name for name in os.listdir(work) if name.endswith(".deb")]
+        if len(debs) != 1:
+            raise HostError(f"apt-get download {package} left {len(debs)} packages in {work}")
+        unpacked = os.path.join(work, "unpacked")
+        _output("dpkg-deb", "-x", os.path.join(work, debs[0]), unpacked)
+        try:
+            os.rename(unpacked, target)
+        except OSError:
+            if not os.path.isdir(target):  # somebody else was faster: theirs is as good
+                raise
+        print(f"vmm: {package} is ready in {target}", file=sys.stderr, flush=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _output(*argv: str, cwd: str | None = None) -> str:
+    import subprocess
+
+    result = subprocess.run(
+        argv,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "LC_ALL": "C"},
+    )
+    if result.returncode != 0:
+        said = (result.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise HostError(f"`{' '.join(argv)}` failed with status {result.returncode}: {said}")
+    return result.stdout

@@ -1,0 +1,165 @@
+"""The QEMU process that carries the nested machine: its command line, its life and its end."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+
+from vmm.errors import HostError
+
+_PROGRAM = "qemu-system-x86_64"
+_PR_SET_PDEATHSIG = 1
+
+#: Kernel parameters that save time in a machine whose every instruction is emulated.
+KERNEL_ARGS = (
+    "console=ttyS0 reboot=t panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check "
+    "audit=0 random.trust_cpu=on cryptomgr.notests rodata=off"
+)
+
+
+def find_qemu() -> str:
+    """The path of QEMU's x86 system emulator. HostError names the package when it is missing."""
+    path = shutil.which(_PROGRAM)
+    if path is None:
+        raise HostError(
+            f"The nested machine needs {_PROGRAM}, which is not installed: "
+            "install qemu-system-x86 (Debian)"
+        )
+    return path
+
+
+class Share:
+    """A host directory offered over 9p under ``tag``; ``path`` is absolute."""
+
+    __slots__ = ("path", "readonly", "tag")
+
+    def __init__(self, tag: str, path: str, *, readonly: bool) -> None:
+        self.tag = tag
+        self.path = path
+        self.readonly = readonly
+
+
+class Qemu:
+    """One QEMU process, killed with this one whatever happens.
+
+    ``ports`` maps a virtio-serial port's name to our socket of it, ``serial`` is the machine's
+    serial line, ``errors`` the descriptor of what QEMU itself says, ``pidfd`` tells its end.
+    All of them are owned here and non-blocking.
+    """
+
+    __slots__ = ("_theirs", "args", "errors", "pid", "pidfd", "ports", "serial", "status")
+
+    def __init__(self, kernel: str | int, *, memory: int, cpus: int, append: str) -> None:
+        """``memory`` in bytes; ``kernel`` a path, or a descriptor that is owned from here on.
+        Nothing runs before ``start``."""
+        self.pid = self.pidfd = self.errors = -1
+        self.status: int | None = None
+        self.ports: dict[str, socket.socket] = {}
+        self._theirs: list[int] = []
+        self.args = [find_qemu(), "-nodefaults", "-no-user-config", "-no-reboot"]
+        self.args += ["-display", "none"]
+        self.args += ["-accel", "tcg,thread=multi", "-cpu", "max,-erms", "-M", "pc"]
+        self.args += ["-m", f"{memory >> 20}M", "-smp", str(cpus), "-kernel"]
+        self.args += [kernel if isinstance(kernel, str) else self._pass(kernel)]
+        self.args += ["-append", append]
+        self.serial = self._socket("serial0")
+        self.args += ["-serial", "chardev:serial0"]
+        self.args += ["-device", "virtio-serial-pci,disable-legacy=on"]
+
+    def add_initrd(self, fd: int) -> None:
+        """Use the archive in this memfd, which is owned from here on."""
+        self.args += ["-initrd", self._pass(fd)]
+
+    def add_port(self, prefix: str, name: str) -> None:
+        """Add a virtio-serial port."""
+        self.ports[name] = self._socket(name)
+        self.args += ["-device", f"virtserialport,chardev={name},name={prefix}{name}"]
+
+    def add_share(self, share: Share) -> None:
+        """Offer a directory."""
+        path = share.path.replace(",", ",,")
+        access = "readonly=on" if share.readonly else "readonly=off"
+        self.args += [
+            "-fsdev",
+            f"local,id={share.tag},path={path},security_model=none,{access},multidevs=remap",
+            "-device",
+            f"virtio-9p-pci,fsdev={share.tag},mount_tag={share.tag},disable-legacy=on",
+        ]
+
+    def start(self) -> None:
+        """Start the process, in a session of its own so that the terminal's signals miss it."""
+        self.errors, theirs = os.pipe()
+        os.set_blocking(self.errors, False)
+        self._theirs.append(theirs)
+        prctl = ctypes.CDLL(None, use_errno=True).prctl
+        parent = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.setsid()
+                prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+                if os.getppid() == parent:  # else it died before the line above
+                    self._exec(theirs)
+            except BaseException as error:
+                os.write(theirs, f"{self.args[0]}: {error}\n".encode())
+            finally:
+                os._exit(127)
+        self.pidfd = os.pidfd_open(self.pid)
+        self._close_theirs()
+
+    def close(self) -> None:
+        """Kill the process if it lives, bury it, close every descriptor. May be called twice."""
+        if self.pid > 0 and self.status is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+        self._close_theirs()
+        for ours in (self.serial, *self.ports.values()):
+            ours.close()
+        for fd in (self.pidfd, self.errors):
+            if fd >= 0:
+                os.close(fd)
+        self.pidfd = self.errors = -1
+
+    def wait(self) -> int:
+        """Wait for the process's end; its status as os.waitstatus_to_exitcode gives it."""
+        if self.status is None:
+            _, status = os.waitpid(self.pid, 0)
+            self.status = os.waitstatus_to_exitcode(status)
+        return self.status
+
+    def _exec(self, errors: int) -> None:
+        null = os.open("/dev/null", os.O_RDWR)
+        for fd, source in ((0, null), (1, errors), (2, errors)):
+            os.dup2(source, fd)
+        keep = sorted(fd for fd in self._theirs if fd != errors)
+        last = 2
+        for fd in keep:
+            os.set_inheritable(fd, True)
+            os.closerange(last + 1, fd)
+            last = fd
+        os.closerange(last + 1, os.sysconf("SC_OPEN_MAX"))
+        for signo in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(signo, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.execv(self.args[0], self.args)
+
+    def _socket(self, name: str) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        fd = theirs.detach()
+        self._theirs.append(fd)
+        self.args += ["-chardev", f"socket,id={name},fd={fd}"]
+        return ours
+
+    def _pass(self, fd: int) -> str:
+        """Let the process inherit a descriptor; the name it can open it by."""
+        self._theirs.append(fd)
+        return f"/dev/fd/{fd}"
+
+    def _close_theirs(self) -> None:
+        for fd in self._theirs:
+            os.close(fd)
+        self._theirs.clear()
