@@ -7,6 +7,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <time.h>
 
 /*
  * House rules. Functions are vmm_<noun>_<verb>, return 0 or -errno, and come in create/destroy
@@ -107,9 +108,17 @@ uint64_t vmm_stream_total(struct vmm_stream *s);
 /* Waits until total() > from, the stream is closed, or the timeout; returns total(). */
 uint64_t vmm_stream_wait(struct vmm_stream *s, uint64_t from, int timeout_ms);
 void vmm_stream_close(struct vmm_stream *s);
-/* Up to 8 patterns of up to 63 bytes. When one passes, its bit is set and the eventfd written. */
+/* Up to 8 patterns of up to 63 bytes. When one passes, its bit is set and the eventfd written.
+ * Returns the bit's number, or -errno. */
 int vmm_stream_watch(struct vmm_stream *s, const char *pattern, int eventfd);
 uint32_t vmm_stream_matched(struct vmm_stream *s);
+/* No watch writes this eventfd any more. */
+void vmm_stream_unwatch(struct vmm_stream *s, int eventfd);
+/* Bytes that can be written before a reader (see native/chario.h) loses some; UINT32_MAX without
+ * a reader. */
+uint32_t vmm_stream_room(struct vmm_stream *s);
+/* Writes what there is room for and returns how much that was; a closed stream swallows all. */
+uint32_t vmm_stream_offer(struct vmm_stream *s, const uint8_t *data, uint32_t len);
 
 /* cdef: end */
 
@@ -137,6 +146,49 @@ int vmm_loop_modify(struct vmm_loop *loop, struct vmm_source *src, uint32_t epol
 void vmm_loop_remove(struct vmm_loop *loop, struct vmm_source *src);
 /* Runs fn(arg) on the I/O thread and waits for it; directly if already there. */
 void vmm_loop_call(struct vmm_loop *loop, void (*fn)(void *arg), void *arg);
+
+/* Told that something changed: a stream has room again, an input has data. `notify` runs on the
+ * thread that made the change, with no lock of the notifier's held that `notify` could need. */
+struct vmm_listener {
+	void (*notify)(struct vmm_listener *l);
+	struct vmm_listener *next; /* the notifier's */
+};
+
+/* `notify` after an offer was cut short and at least a quarter of the ring is free again. */
+void vmm_stream_listen(struct vmm_stream *s, struct vmm_listener *l);
+/* Returns once no `notify` of this listener is running. */
+void vmm_stream_unlisten(struct vmm_stream *s, struct vmm_listener *l);
+
+/* Somebody who takes everything the stream is given, in order. Embed it. */
+struct vmm_reader {
+	uint64_t at;   /* absolute offset of the next byte to take */
+	uint64_t lost; /* bytes overwritten before they were taken */
+	bool stop;
+	struct vmm_reader *next;
+};
+
+/* Takes what is written from now on, and what is still kept of the past if `past`. */
+void vmm_stream_attach(struct vmm_stream *s, struct vmm_reader *r, bool past);
+void vmm_stream_detach(struct vmm_stream *s, struct vmm_reader *r);
+/* Waits for bytes and copies up to len of them, from *start on, without taking them; 0 when the
+ * stream was closed or the reader stopped, and nothing is left. */
+uint32_t vmm_stream_peek(struct vmm_stream *s, struct vmm_reader *r, uint8_t *dst, uint32_t len,
+			 uint64_t *start);
+void vmm_stream_take(struct vmm_stream *s, struct vmm_reader *r, uint64_t upto);
+void vmm_stream_stop(struct vmm_stream *s, struct vmm_reader *r); /* ends a peek that waits */
+/* Waits until the reader took all that was written so far; 0 or -ETIMEDOUT. */
+int vmm_stream_drain(struct vmm_stream *s, const struct vmm_reader *r, int timeout_ms);
+/* Not taken yet, and overwritten before they were taken. */
+uint64_t vmm_stream_backlog(struct vmm_stream *s, const struct vmm_reader *r);
+uint64_t vmm_stream_lost(struct vmm_stream *s, const struct vmm_reader *r);
+
+/* CLOCK_MONOTONIC, timeout_ms from now. */
+struct timespec vmm_deadline(int timeout_ms);
+/* A condition variable that waits on CLOCK_MONOTONIC. */
+void vmm_cond_init(pthread_cond_t *cond);
+
+/* A thread that never takes a signal: those are for the main thread. 0 or an errno. */
+int vmm_thread_start(pthread_t *thread, void *(*main)(void *arg), void *arg);
 
 static inline uint64_t vmm_get_le(const uint8_t *p, uint32_t size)
 {

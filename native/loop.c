@@ -79,11 +79,22 @@ static void *loop_main(void *arg)
 	}
 }
 
+int vmm_thread_start(pthread_t *thread, void *(*main)(void *arg), void *arg)
+{
+	sigset_t all, old;
+	int rc;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &old);
+	rc = pthread_create(thread, NULL, main, arg);
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	return rc;
+}
+
 struct vmm_loop *vmm_loop_create(void)
 {
 	struct vmm_loop *loop = calloc(1, sizeof(*loop));
 	struct epoll_event ev = { .events = EPOLLIN, .data.u64 = MAX_SOURCES };
-	sigset_t all, old;
 	int rc;
 
 	if (!loop)
@@ -95,11 +106,7 @@ struct vmm_loop *vmm_loop_create(void)
 		goto fail;
 	pthread_mutex_init(&loop->lock, NULL);
 	pthread_cond_init(&loop->cond, NULL);
-	/* Signals are for the main thread; this one must never take one. */
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &old);
-	rc = pthread_create(&loop->thread, NULL, loop_main, loop);
-	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	rc = vmm_thread_start(&loop->thread, loop_main, loop);
 	if (!rc)
 		return loop;
 	errno = rc;

@@ -15,7 +15,7 @@ PACKAGE = Path(vmm.__file__).parent
 ROOMS = [
     {"errors", "host", "_native", "values"},
     {"memory", "kvm", "bus", "irq", "device", "settings", "config", "result", "board", "vcpus"},
-    {"console", "terminal", "oops", "diagnose"},
+    {"chario", "console", "terminal", "oops", "diagnose"},
     {"devices", "arch"},
     {"machine"},
     {"nested"},
