@@ -11,6 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm.config import MachineConfig
 
+DEV_KVM = "/dev/kvm"
 MIB = 1 << 20
 #: The appliance's own needs beside the guest's RAM.
 APPLIANCE_MEMORY = 1024 * MIB
@@ -45,9 +46,9 @@ def choose(accel: str, config: MachineConfig) -> tuple[str, str]:
     if accel != "auto" or os.environ.get(MARK):
         return ("nested" if accel == "nested" else "kvm"), ""
     try:
-        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+        os.close(os.open(DEV_KVM, os.O_RDWR | os.O_CLOEXEC))
     except OSError as e:
-        return "nested", f"/dev/kvm cannot be used ({e.strerror})"
+        return "nested", f"{DEV_KVM} cannot be used ({e.strerror})"
     if cpu_extension() or not is_linux(config):
         return "kvm", ""
     return "nested", "this host's KVM has no vmx or svm and cannot run Linux"
