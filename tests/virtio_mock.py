@@ -7,8 +7,9 @@ from __future__ import annotations
 import os
 import struct
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from vmm._native import ffi, lib
 from vmm.bus import Bus
 from vmm.devices.pci_host import PciHost
 from vmm.devices.virtio.mmio import VirtioMmio
@@ -429,6 +430,36 @@ class FakeIoEventFd:
         self.bound.remove((fd, addr, size, datamatch))
 
 
+class VcpuBus(Bus):
+    """A bus used as a vCPU thread does: C first, Python for what C leaves, which is counted."""
+
+    def __init__(self, name: str, size: int) -> None:
+        self.table = lib.vmm_bus_create()
+        super().__init__(name, size, self.table)
+        self.cold: list[tuple[int, int]] = []
+
+    def _native_first(self, addr: int, size: int, data: Any, write: bool) -> bool:
+        if lib.vmm_bus_access(self.table, addr, size, data, int(write)) == 0:
+            return True
+        self.cold.append((addr, size))
+        return False
+
+    def read(self, addr: int, size: int) -> int:
+        data = ffi.new("uint8_t[8]")
+        if self._native_first(addr, size, data, False):
+            return int.from_bytes(ffi.buffer(data, size), "little")
+        return super().read(addr, size)
+
+    def write(self, addr: int, size: int, value: int) -> None:
+        if not self._native_first(
+            addr, size, ffi.new("uint8_t[8]", value.to_bytes(8, "little")), True
+        ):
+            super().write(addr, size, value)
+
+    def close(self) -> None:
+        lib.vmm_bus_destroy(self.table)
+
+
 class ToyDevice:
     """The device side of the contract, without any behaviour but a record of what was asked."""
 
@@ -503,8 +534,8 @@ class Rig:
         """``transport``: 'mmio' or 'pci'."""
         self.memory = memory
         self.device = device
-        self.bus = Bus("mmio", 1 << 64)
-        self.pio = Bus("pio", 1 << 16)
+        self.bus = VcpuBus("mmio", 1 << 64)
+        self.pio = VcpuBus("pio", 1 << 16)
         self.io = io
         chip = chip or NullIrqChip()
         self.transport: VirtioMmio | VirtioPci
@@ -538,4 +569,8 @@ class Rig:
 
     def close(self) -> None:
         (self.host or self.transport).close()
+        for bus in (self.bus, self.pio):
+            for base, _, _ in bus.ranges():
+                bus.remove(base)
+            bus.close()
         assert self.io is None or not self.io.bound
