@@ -75,7 +75,7 @@ static void interrupt(struct vmm_virtio *v, uint32_t bit, uint16_t vector)
 
 void vmm_virtio_notify(struct vmm_virtio *v, uint32_t queue)
 {
-	if (queue < v->nr)
+	if (queue < v->nr && v->running)
 		interrupt(v, VMM_ISR_QUEUE, v->queues[queue].vector);
 }
 
@@ -84,9 +84,9 @@ void vmm_virtio_fail(struct vmm_virtio *v)
 	bool tell;
 
 	pthread_mutex_lock(&v->lock);
-	tell = !(v->status & VIRTIO_CONFIG_S_NEEDS_RESET) &&
-	       (v->status & VIRTIO_CONFIG_S_DRIVER_OK);
-	v->status |= VIRTIO_CONFIG_S_NEEDS_RESET;
+	tell = v->running && !(v->status & VIRTIO_CONFIG_S_NEEDS_RESET);
+	if (v->running)
+		v->status |= VIRTIO_CONFIG_S_NEEDS_RESET;
 	pthread_mutex_unlock(&v->lock);
 	if (tell)
 		interrupt(v, VMM_ISR_CONFIG, v->config_vector);
@@ -323,7 +323,7 @@ int vmm_virtio_config(struct vmm_virtio *v, const uint8_t *bytes, uint32_t len, 
 	v->config = copy;
 	v->config_len = len;
 	v->generation++;
-	tell = notify && (v->status & VIRTIO_CONFIG_S_DRIVER_OK);
+	tell = notify && v->running;
 	pthread_mutex_unlock(&v->lock);
 	free(old);
 	if (tell)

@@ -37,7 +37,8 @@ struct vmm_virtio *vmm_virtio_create(const struct vmm_mem *mem, uint32_t device_
 				     uint64_t features, const uint16_t *sizes, uint32_t queues);
 void vmm_virtio_destroy(struct vmm_virtio *v);
 
-/* What any thread, and above all an I/O thread, may call while the device runs. */
+/* What any thread, and above all an I/O thread, may call while the device runs; before
+ * vmm_virtio_start and after a reset it does nothing. */
 
 /* Used buffers are waiting in this queue: interrupt the driver. */
 void vmm_virtio_notify(struct vmm_virtio *v, uint32_t queue);

@@ -29,7 +29,7 @@ struct vmm_virtio {
 	 * under it waits. */
 	pthread_mutex_t lock;
 	uint8_t status;
-	bool running; /* from activation to reset */
+	_Atomic bool running; /* from activation to reset */
 	bool accepted_beyond; /* the driver accepted bits from 64 on; none are offered */
 	uint64_t offered, accepted;
 	uint32_t offered_sel, accepted_sel, queue_sel;
