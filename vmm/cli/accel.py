@@ -69,8 +69,9 @@ def run_nested(config: MachineConfig, flags: list[str], why: str, *, verbose: bo
     missing = nested.usable_hint()
     if missing is not None:
         raise HostError(f"{why}; {missing}" if why else missing)
-    package = os.path.dirname(os.path.dirname(os.path.abspath(str(vmm.__file__))))
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    package = os.path.dirname(os.path.abspath(str(vmm.__file__)))
+    _compile(package)
+    path = os.pathsep.join([os.path.dirname(package), *filter(None, [os.environ.get("PYTHONPATH")])])
     argv = [sys.executable, "-m", "vmm", "run", "--accel=kvm", *config.to_argv(), *flags]
     options = nested.Options(
         rw=writable_directories(config),
@@ -80,6 +81,14 @@ def run_nested(config: MachineConfig, flags: list[str], why: str, *, verbose: bo
         verbose=verbose,
     )
     return nested.run(argv, options)
+
+
+def _compile(package: str) -> None:
+    """Have vmm's modules compiled: emulated, compiling them anew costs many seconds a run."""
+    if os.access(package, os.W_OK):
+        import compileall
+
+        compileall.compile_dir(package, quiet=2)
 
 
 def writable_directories(config: MachineConfig) -> list[str]:

@@ -20,7 +20,7 @@ USAGE = {
 
 ABOUT = {
     "run": "Boots a kernel or a payload in a virtual machine, with the terminal as its console. "
-    "At a terminal all keys go to the guest; Ctrl-A x ends the machine, Ctrl-A Ctrl-A sends a "
+    "At a terminal all keys go to the guest; Ctrl-A x ends the machine, Ctrl-A a sends a "
     "Ctrl-A. Where this host's KVM is missing or cannot run the kernel, the same is done inside "
     "an appliance (see 'vmm help nested').",
     "nested": "Runs a command in an appliance: a Linux under QEMU's emulation that has a true "

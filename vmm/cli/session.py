@@ -33,7 +33,7 @@ HELP_TEXT = (
     "Ctrl-A x  end the machine",
     "Ctrl-A b  send a break",
     "Ctrl-A h  this help",
-    "Ctrl-A Ctrl-A  send a Ctrl-A",
+    "Ctrl-A a  send a Ctrl-A",
 )
 
 
