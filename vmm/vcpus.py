@@ -125,12 +125,14 @@ class CpuThread:
     def history(self) -> list[Any]:
         """The last exits, oldest first: struct vmm_exit each."""
         room = ffi.new("struct vmm_exit[]", HISTORY)
-        return list(room[0 : lib.vmm_vcpu_history(self._native, room, HISTORY)])
+        count = lib.vmm_vcpu_history(self._native, room, HISTORY)
+        return _owned("struct vmm_exit *", room, count)
 
     def counts(self) -> list[Any]:
         """Exits by reason and address: struct vmm_exit_count each; empty unless counted."""
         room = ffi.new("struct vmm_exit_count[]", MAX_COUNTS)
-        return list(room[0 : lib.vmm_vcpu_counts(self._native, room, MAX_COUNTS)])
+        count = lib.vmm_vcpu_counts(self._native, room, MAX_COUNTS)
+        return _owned("struct vmm_exit_count *", room, count)
 
     @property
     def exits(self) -> int:
@@ -142,3 +144,8 @@ class CpuThread:
             lib.vmm_vcpu_destroy(self._native)
             self._native = ffi.NULL
         self.vcpu.close()
+
+
+def _owned(kind: str, array: Any, count: int) -> list[Any]:
+    """Copies of the first structs of a cffi array; its items alone do not keep it alive."""
+    return [ffi.new(kind, array[i])[0] for i in range(count)]

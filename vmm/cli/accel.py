@@ -71,7 +71,9 @@ def run_nested(config: MachineConfig, flags: list[str], why: str, *, verbose: bo
         raise HostError(f"{why}; {missing}" if why else missing)
     package = os.path.dirname(os.path.abspath(str(vmm.__file__)))
     _compile(package)
-    path = os.pathsep.join([os.path.dirname(package), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join(
+        [os.path.dirname(package), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     argv = [sys.executable, "-m", "vmm", "run", "--accel=kvm", *config.to_argv(), *flags]
     options = nested.Options(
         rw=writable_directories(config),

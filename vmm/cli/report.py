@@ -47,6 +47,8 @@ def _text(facts: dict[str, Any]) -> list[str]:
     lines += ["command line", f"  {facts.pop('command_line', '')}"]
     for name, value in facts.items():
         if isinstance(value, list):
+            # The loader tells these too; they stand above.
+            value = [item for item in value if not str(item).startswith(("cmdline", "e820"))]
             lines += [name, *(f"  {item}" for item in value)] if value else []
         elif value not in (None, ""):
             lines.append(f"{name:<8} {value}")

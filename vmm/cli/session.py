@@ -156,8 +156,7 @@ class Session:
             return
         events = console.input.events()
         if events & HELP:
-            sys.stderr.write("\r\n" + "".join(f"{line}\r\n" for line in HELP_TEXT))
-            sys.stderr.flush()
+            complain("\n".join(HELP_TEXT))
         if events & QUIT:
             self.quit = True
             self.machine.stop()
@@ -198,24 +197,23 @@ class Session:
         if self.verbose:
             times = ", ".join(f"{name} {value:.3f}" for name, value in result.clocks.items())
             complain(f"{result.message} It ran for {result.duration_s:.3f} s ({times}).")
-        if failed or self.verbose:
-            for device in self.machine.devices:
-                sentence = device.unclaimed()
-                if sentence:
-                    complain(sentence)
         if result.reason == "stopped" and self.signal:
             return self._ended_by_signal()
         if result.reason == "stopped" and self.quit:
             if not self.quiet:
                 complain("ended from the keyboard")
             return 128 + signal.SIGINT
-        if failed or (result.reason == "reset" and not self.quiet):
-            if not self.verbose:
-                complain(result.message)
+        if not self.verbose and (failed or (result.reason == "reset" and not self.quiet)):
+            complain(result.message)
+        if failed or self.verbose:
             self._explain(result)
         return result.status
 
     def _explain(self, result: RunResult) -> None:
+        for device in self.machine.devices:
+            sentence = device.unclaimed()
+            if sentence:
+                complain(sentence)
         if result.diagnosis:
             print(result.diagnosis, file=sys.stderr)
         if result.reason in FAILURES and result.console and not self._main_on_screen():
