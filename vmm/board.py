@@ -16,11 +16,15 @@ from vmm.memory import GuestMemory
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, TypeVar
 
+    from vmm.chardev import CharDev
     from vmm.config import MachineConfig
     from vmm.device import Device
+    from vmm.devices.virtio.device import VirtioDevice
     from vmm.kvm import Vm
+
+    D = TypeVar("D", bound=Device)
 
 
 class Board:
@@ -47,12 +51,16 @@ class Board:
         if self.loop == ffi.NULL:
             raise HostError("The I/O thread could not be started", errno=ffi.errno)
         self.devices: list[Device] = []
+        #: Behind whatever transport; the transport owns them.
+        self.virtio: list[VirtioDevice] = []
+        #: The main console last.
+        self.consoles: list[CharDev] = []
         #: Undone in reverse order when the board closes.
         self._cleanups: list[Callable[[], None]] = []
         #: What the guest asked for, told to the machine: ("poweroff", 0), ("exit", status), …
         self.on_end: Callable[[str, int], None] = lambda reason, status: None
 
-    def add(self, device: Device) -> Device:
+    def add(self, device: D) -> D:
         """Take ownership of a device; it is closed with the board."""
         if any(d.name == device.name for d in self.devices):
             raise ValueError(f"two devices are called {device.name}")
@@ -71,11 +79,19 @@ class Board:
         for device in reversed(self.devices):
             device.close()
         self.devices = []
+        for console in self.consoles:
+            console.close()
         if self.loop != ffi.NULL:
             lib.vmm_loop_destroy(self.loop)
             self.loop = ffi.NULL
         while self._cleanups:
             self._cleanups.pop()()
+
+    def free(self) -> None:
+        """After ``close``, when nobody reads the consoles' text any more."""
+        for console in self.consoles:
+            console.free()
+        self.consoles = []
 
 
 class Notifier:

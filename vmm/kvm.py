@@ -16,6 +16,7 @@ from vmm.memory import GuestMemory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any, Self
 
 DEV_KVM = "/dev/kvm"
@@ -210,7 +211,7 @@ class Vcpu(Fd):
         """A KVM_SET_* ioctl."""
         call(self.fd, name, value, what=f"on vCPU {self.index}")
 
-    def set_cpuid(self, entries: list[tuple[int, ...]]) -> None:
+    def set_cpuid(self, entries: Sequence[tuple[int, ...]]) -> None:
         """(function, index, flags, eax, ebx, ecx, edx) each. KVM api.rst §4.66."""
         table = ffi.new("struct kvm_cpuid2 *", {"nent": len(entries), "entries": len(entries)})
         for i, entry in enumerate(entries):

@@ -75,9 +75,8 @@ def test_imports_go_one_way() -> None:
         here = module_name(path)
         if here == "vmm":
             continue
-        for target in imports(path):
-            if target != "vmm" and room_of(target) > room_of(here):
-                wrong.append(f"{here} imports {target}")
+        above = (m for m in imports(path) if m != "vmm" and room_of(m) > room_of(here))
+        wrong += [f"{here} imports {target}" for target in above]
     assert not wrong
 
 
@@ -113,7 +112,7 @@ def test_boot_path_is_lean(tmp_path: Path, kvm: str) -> None:
     kernel.write_bytes(bytes.fromhex("b007 e6f4 f4"))  # mov al, 7; out 0xf4, al; hlt
     code = (
         f"import sys; sys.path[:0] = {sys.path!r}; before = set(sys.modules);"
-        "from vmm.__main__ import main;"
+        "from vmm.cli import main;"
         f"status = main(['run', '--accel=kvm', '--boot=flat', '-k', {str(kernel)!r},"
         " '--testdev', '--timeout=30', '--serial=none']);"
         "print('IMPORTED', status, *sorted(set(sys.modules) - before), file=sys.stderr)"

@@ -42,18 +42,19 @@ if TYPE_CHECKING:
             """Put the platform's and the configured devices on the board."""
 
         def load(self, board: Board) -> BootImage:
-            """Kernel, initrd, command line and hardware description into RAM."""
+            """Kernel, initrd, command line and hardware description into RAM. What it gives goes
+            back into ``setup_vcpu`` and ``describe``."""
 
         def vcpu_plan(self, kvm: Kvm, config: MachineConfig) -> Any:
             """What all vCPUs share (CPU features, …), worked out once."""
 
-        def setup_vcpu(self, vcpu: Vcpu, plan: Any, image: BootImage) -> None:
+        def setup_vcpu(self, vcpu: Vcpu, plan: Any, image: Any) -> None:
             """Registers of one vCPU before its first instruction."""
 
         def command_line(self, config: MachineConfig) -> str:
             """The guest's whole command line."""
 
-        def describe(self, board: Board, image: BootImage | None) -> dict[str, Any]:
+        def describe(self, board: Board, image: Any) -> dict[str, Any]:
             """Memory map and platform facts for --dry-run, JSON-ready."""
 
         def snapshot(self, vcpu: Vcpu, memory: GuestMemory) -> Any:

@@ -1,0 +1,170 @@
+"""The devices of vmm's PC, where they are, and what the guest is told about them."""
+
+from __future__ import annotations
+
+from vmm.arch.x86_64 import acpi, layout
+from vmm.board import Notifier
+from vmm.chardev import CharDev
+from vmm.devices.acpi_pm import AcpiPm, ResetPort
+from vmm.devices.serial import Serial
+from vmm.devices.virtio.blk import Blk
+from vmm.devices.virtio.rng import Rng
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from vmm.board import Board
+    from vmm.config import MachineConfig
+    from vmm.devices.virtio.device import VirtioDevice
+
+COM1, COM1_IRQ = Serial.PORTS[0]
+RTC_IRQ = 8
+SCI = 9
+PM_BASE = 0x600
+RESET = 0xCF9
+#: virtio-mmio takes IOAPIC pins that no PC device uses; more devices than pins share them.
+MMIO_GSIS = (5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19)
+PCI_GSIS = (20, 21, 22, 23)
+#: Configuration space of bus 0, the only one. PCI Express Base 3.0 §7.2.2.
+ECAM_BUS = 1 << 20
+
+
+def build(board: Board) -> None:
+    """Everything a machine of this configuration has."""
+    _legacy(board)
+    _serial(board)
+    devices = board.virtio = _virtio_devices(board)
+    if board.config.transport == "mmio":
+        _on_mmio(board, devices)
+    else:
+        _on_pci(board, devices)
+
+
+def command_line(config: MachineConfig) -> str:
+    """vmm's own words first, so that the user's later ones win."""
+    words = []
+    if config.default_append:
+        if config.serial != "none":
+            words.append("console=ttyS0")
+        if config.console != "none":
+            words.append("console=hvc0")
+        # A panic ends the run at once, and a reboot takes the shortest way.
+        words += ["panic=-1", "reboot=acpi" if config.acpi else "reboot=k"]
+    return " ".join([*words, config.command_line]).strip()
+
+
+def hardware(board: Board, apic_ids: Sequence[int]) -> acpi.Hardware:
+    """What the ACPI tables must say of this board."""
+    config = board.config
+    pci = None
+    if config.transport == "pci":
+        pci = acpi.PciHost(
+            layout.ECAM,
+            0,
+            (layout.PCI_MMIO32, layout.PCI_MMIO32_SIZE),
+            gsis=PCI_GSIS,
+            slots=1 + len(board.virtio),
+        )
+    return acpi.Hardware(
+        apic_ids,
+        pci=pci,
+        virtio_mmio=[
+            (base, size, _mmio_gsi((base - layout.VIRTIO_MMIO) // layout.VIRTIO_MMIO_STRIDE))
+            for base, size, _ in board.mmio.ranges()
+            if layout.VIRTIO_MMIO <= base < layout.IOAPIC
+        ],
+        serial=[(COM1, COM1_IRQ)] if config.serial != "none" else [],
+        pm_base=PM_BASE,
+        sci=SCI,
+    )
+
+
+def _ends(board: Board, reason: str, status: int = 0) -> Callable[[], None]:
+    return lambda: board.on_end(reason, status)
+
+
+def _legacy(board: Board) -> None:
+    chip, config = board.irqchip, board.config
+    if config.acpi:
+        sci = chip.line(SCI)
+        board.defer(sci.close)
+        board.pio.insert(PM_BASE, AcpiPm.SIZE, board.add(AcpiPm(sci, _ends(board, "poweroff"))))
+
+
+def _serial(board: Board) -> None:
+    config = board.config
+    if config.serial == "none":
+        return
+    port = CharDev("serial", config.serial, board.loop, limit=config.console_limit)
+    board.consoles.append(port)
+    irq = board.irqchip.line(COM1_IRQ)
+    board.defer(irq.close)
+    board.pio.insert(
+        COM1, Serial.SIZE, board.add(Serial("serial0", port.stream, port.input, irq))
+    )
+
+
+def _virtio_devices(board: Board) -> list[VirtioDevice]:
+    config = board.config
+    devices: list[VirtioDevice] = []
+    try:
+        for nr, disk in enumerate(config.disks):
+            devices.append(
+                Blk(
+                    disk.path,
+                    readonly=disk.read_only,
+                    serial=disk.serial,
+                    direct=disk.direct,
+                    name=f"disk{nr}",
+                )
+            )
+        if config.rng:
+            devices.append(Rng())
+        for device in devices:
+            device.attach(board.memory, board.loop)
+    except BaseException:
+        for device in devices:
+            device.close()
+        raise
+    return devices
+
+
+def _mmio_gsi(index: int) -> int:
+    return MMIO_GSIS[index % len(MMIO_GSIS)]
+
+
+def _on_mmio(board: Board, devices: list[VirtioDevice]) -> None:
+    from vmm.devices.virtio.mmio import VirtioMmio
+
+    # With PCI this port lies inside the host bridge's, which passes it on.
+    board.pio.insert(RESET, ResetPort.SIZE, board.add(ResetPort(_ends(board, "reset"))))
+    notifier = Notifier(board.vm)
+    for nr, device in enumerate(devices):
+        base = layout.virtio_mmio(nr)
+        irq = board.irqchip.edge(_mmio_gsi(nr))
+        transport = VirtioMmio(device, board.memory, irq, notifier)
+        board.add(transport)
+        transport.place(board.mmio, base)
+
+
+def _on_pci(board: Board, devices: list[VirtioDevice]) -> None:
+    from vmm.devices.pci_host import CONFIG_PORTS, CONFIG_PORTS_SIZE, PciHost
+    from vmm.devices.virtio.pci import VirtioPci
+
+    host = PciHost(
+        board.mmio,
+        [(layout.PCI_MMIO32, layout.PCI_MMIO32_SIZE)],
+        [board.irqchip.line(gsi) for gsi in PCI_GSIS],
+        reset_port=ResetPort(_ends(board, "reset")),
+    )
+    board.add(host)
+    board.pio.insert(CONFIG_PORTS, CONFIG_PORTS_SIZE, host.ports)
+    board.mmio.insert(layout.ECAM, ECAM_BUS, host.ecam)
+    any_length = board.vm is not None and bool(
+        board.vm.kvm.check("KVM_CAP_IOEVENTFD_ANY_LENGTH")
+    )
+    notifier = Notifier(board.vm, any_length=any_length)
+    for device in devices:
+        host.add(VirtioPci(device, board.memory, board.irqchip, notifier))
+    host.place()

@@ -1,0 +1,482 @@
+"""One virtual machine: built, started, watched, ended.
+
+``Machine(kernel="bzImage", memory="256M")`` holds a configuration; ``start`` builds the board and
+lets the vCPU threads go; ``wait`` says how it ended. All of it may be used from any thread but a
+vCPU's own, and many machines live in one process.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+from vmm._native import ffi, lib
+from vmm.arch.base import native_arch
+from vmm.board import Board
+from vmm.bus import Bus
+from vmm.config import MachineConfig
+from vmm.errors import GuestLost, HostError, VmmError
+from vmm.irq import IrqChip
+from vmm.kvm import Kvm, Vm
+from vmm.memory import GuestMemory
+from vmm.result import RunResult
+from vmm.vcpus import CpuThread
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Self
+
+    from vmm.arch.base import BootImage
+    from vmm.chardev import CharDev
+    from vmm.console import Console
+    from vmm.device import Device
+
+PAUSE_TIMEOUT_MS = 10_000
+#: After a kernel said it panics, how long it may go on printing why.
+PANIC_GRACE_S = 3.0
+#: How much of the console a result carries.
+CONSOLE_TAIL = 16 * 1024
+PANIC_TEXT = (b"Kernel panic - not syncing",)
+
+
+class _End:
+    """How a run ended; the first reason given stands."""
+
+    __slots__ = ("event", "message", "reason", "status", "vcpu")
+
+    def __init__(self, reason: str, status: int, message: str, vcpu: int = 0, event: Any = None):
+        self.reason = reason
+        self.status = status
+        self.message = message
+        self.vcpu = vcpu
+        self.event = event
+
+
+class Machine:
+    """A virtual machine. Context manager: entering starts it, leaving stops and closes it."""
+
+    def __init__(self, config: MachineConfig | None = None, **options: Any) -> None:
+        """``options`` are MachineConfig's keywords, and override ``config``'s.
+
+        Raises ConfigError; nothing of the host is touched before ``start``.
+        """
+        if config is None:
+            config = MachineConfig(**options)
+        elif options:
+            config = config.replace(**options)
+        config.validate()
+        self.config = config
+        self._arch = native_arch()
+        self._lock = threading.Lock()
+        #: Devices answered in Python see one access at a time.
+        self._device_lock = threading.RLock()
+        self._end: _End | None = None
+        self._error: BaseException | None = None
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._kvm: Kvm | None = None
+        self._vm: Vm | None = None
+        self._native: Any = ffi.NULL
+        self._memory: GuestMemory | None = None
+        self._chip: IrqChip | None = None
+        self._board: Board | None = None
+        self._image: BootImage | None = None
+        self._vcpus: list[CpuThread] = []
+        self._running = 0
+        self._result: RunResult | None = None
+        self._started_at = 0.0
+        self._panic_seen = 0.0
+        self._closed = False
+
+    # ---- building -------------------------------------------------------------------------
+
+    def _build_memory(self) -> GuestMemory:
+        config = self.config
+        memory = GuestMemory(
+            self._arch.ram_ranges(config.memory),
+            backing=config.memory_backing if config.memory_backing != "auto" else "anon",
+        )
+        memory.advise(int(lib.MADV_HUGEPAGE))
+        memory.advise(int(lib.MADV_DONTDUMP))
+        if config.prefault:
+            memory.prefault()
+        return memory
+
+    def _build(self) -> None:
+        kvm = self._kvm = Kvm()
+        kvm.require(*self._arch.required_caps)
+        most = kvm.check("KVM_CAP_MAX_VCPUS")
+        if self.config.cpus > most:
+            raise HostError(f"--cpus {self.config.cpus}: this host's KVM allows {most} at most.")
+        vm = self._vm = kvm.create_vm()
+        self._chip = self._arch.create_chips(vm)
+        self._memory = self._build_memory()
+        vm.add_memory(self._memory)
+        self._native = lib.vmm_vm_create(vm.fd, self._memory.table)
+        if self._native == ffi.NULL:
+            raise HostError("The VM's state could not be allocated.", errno=ffi.errno)
+        lib.vmm_vm_count_exits(self._native, int(bool(self.config.debug_exits)))
+        board = Board(self.config, self._memory, self._chip, vm=vm, native_vm=self._native)
+        self._board = board
+        board.on_end = self._guest_end
+        self._arch.build(board)
+        self._image = self._arch.load(board)
+        plan = self._arch.vcpu_plan(kvm, self.config)
+        for index in range(self.config.cpus):
+            vcpu = vm.create_vcpu(index)
+            try:
+                self._vcpus.append(CpuThread(self._native, vcpu, kvm.vcpu_mmap_size))
+            except BaseException:
+                vcpu.close()
+                raise
+            self._arch.setup_vcpu(vcpu, plan, self._image)
+
+    def start(self) -> Self:
+        """Build the machine and let it run. Raises BootError, HostError, KvmError."""
+        if self._board is not None or self._closed:
+            raise VmmError("A machine starts once; make another one.")
+        self._started_at = time.monotonic()
+        try:
+            self._build()
+            self._watch_console()
+            for cpu in self._vcpus:
+                self._running += 1
+                cpu.start(self._on_event, self._on_error, self._on_thread_end)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _watch_console(self) -> None:
+        assert self._board is not None
+        for port in self._board.consoles:
+            port.watch_for(PANIC_TEXT, self._wake)
+            port.console.ended = self._console_ended
+
+    def describe(self) -> dict[str, Any]:
+        """What this machine would be: memory map, command line, devices. Needs no KVM."""
+        memory = self._build_memory()
+        board = None
+        try:
+            board = Board(self.config, memory, IrqChip())
+            self._arch.build(board)
+            image = self._arch.load(board) if self.config.kernel else None
+            facts = self._arch.describe(board, image)
+            facts["devices"] = [
+                {"name": d.name, "bus": bus.name, "base": base, "size": size}
+                for bus in (board.pio, board.mmio)
+                for base, size, d in bus.ranges()
+            ]
+            return facts
+        finally:
+            if board is not None:
+                board.close()
+            memory.close()
+
+    # ---- what vCPU threads call -----------------------------------------------------------
+
+    def _on_event(self, index: int, event: Any) -> bool:
+        kind = event.kind
+        if kind == lib.VMM_EV_MMIO or kind == lib.VMM_EV_PIO:
+            assert self._board is not None
+            bus: Bus = self._board.mmio if kind == lib.VMM_EV_MMIO else self._board.pio
+            with self._device_lock:
+                if event.is_write:
+                    bus.write(event.addr, event.size, event.data)
+                else:
+                    event.data = bus.read(event.addr, event.size)
+            return True
+        self._end_by_event(index, event)
+        return False
+
+    def _end_by_event(self, index: int, event: Any) -> None:
+        names = {
+            lib.VMM_EV_HLT: "halted with no interrupt that could wake it",
+            lib.VMM_EV_SHUTDOWN: "triple-faulted",
+            lib.VMM_EV_INTERNAL: "did what this host's KVM cannot run",
+            lib.VMM_EV_FAIL_ENTRY: "could not be entered (bad CPU state)",
+            lib.VMM_EV_DEBUG: "raised a debug exit nobody asked for",
+            lib.VMM_EV_ERROR: "could not be run",
+        }
+        if event.kind == lib.VMM_EV_SYSTEM:
+            reasons = {
+                lib.KVM_SYSTEM_EVENT_SHUTDOWN: "poweroff",
+                lib.KVM_SYSTEM_EVENT_RESET: "reset",
+            }
+            reason = reasons.get(event.extra[0], "panic")
+            self._finish(reason, 255 if reason == "panic" else 0, "")
+            return
+        text = names.get(
+            event.kind, f"left KVM for reason {event.extra[0]}, which vmm does not know"
+        )
+        copy = ffi.new("struct vmm_event *", event[0])
+        self._finish("lost", 255, f"The guest's vCPU {index} {text}.", index, copy)
+
+    def _on_error(self, error: BaseException) -> None:
+        with self._lock:
+            if self._error is None:
+                self._error = error
+        self._halt()
+
+    def _on_thread_end(self) -> None:
+        with self._lock:
+            self._running -= 1
+        self._signal()
+
+    def _guest_end(self, reason: str, status: int) -> None:
+        """A device says the guest asked to end: board.on_end."""
+        messages = {
+            "poweroff": "The guest powered off.",
+            "reset": "The guest asked for a reset; vmm ends instead of rebooting.",
+            "panic": "The guest's kernel reported a panic.",
+            "debug-exit": f"The guest wrote the exit status {status} to its debug port.",
+        }
+        self._finish(reason, status, messages.get(reason, reason))
+
+    def _finish(
+        self, reason: str, status: int, message: str, vcpu: int = 0, event: Any = None
+    ) -> None:
+        with self._lock:
+            if self._end is None:
+                self._end = _End(reason, status, message, vcpu, event)
+        self._halt()
+
+    def _halt(self) -> None:
+        if self._native != ffi.NULL:
+            lib.vmm_vm_stop(self._native)
+        self._signal()
+
+    def _signal(self) -> None:
+        try:
+            os.eventfd_write(self._wake, 1)
+        except BlockingIOError:
+            return  # full: whoever waits is awake
+
+    # ---- what users call ------------------------------------------------------------------
+
+    def wait(self, timeout: float | None = None) -> RunResult:
+        """Until the guest ends. ``timeout`` in seconds (default: the configuration's); past it
+        the guest is stopped and the result's reason is 'timeout', status 124.
+
+        Raises what a device handler raised; a guest that ends badly is a result, not an
+        exception (see RunResult.check).
+        """
+        import select
+
+        if self._result is not None:
+            return self._result
+        if self._board is None:
+            raise VmmError("The machine was not started.")
+        if timeout is None:
+            timeout = self.config.timeout
+        deadline = None if timeout is None else self._started_at + timeout
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        while not self._ended():
+            if poll.poll(self._poll_ms(deadline)):
+                os.eventfd_read(self._wake)
+            self._check_panic()
+            if deadline is not None and time.monotonic() >= deadline and not self._ended():
+                self._finish_late(timeout or 0.0)
+        self._join()
+        if self._error is not None:
+            raise self._error
+        self._result = self._make_result()
+        return self._result
+
+    def _ended(self) -> bool:
+        with self._lock:
+            return self._end is not None or self._error is not None or self._running == 0
+
+    def _poll_ms(self, deadline: float | None) -> int | None:
+        now = time.monotonic()
+        times = [t - now for t in (deadline, self._panic_deadline()) if t is not None]
+        return max(0, int(min(times) * 1000) + 1) if times else None
+
+    def _panic_deadline(self) -> float | None:
+        return self._panic_seen + PANIC_GRACE_S if self._panic_seen else None
+
+    def _check_panic(self) -> None:
+        """A kernel that panicked may print on for a moment; then it is over."""
+        if not self._panic_seen and self._panicked():
+            self._panic_seen = time.monotonic()
+        late = self._panic_deadline()
+        if late is not None and time.monotonic() >= late:
+            self._finish("panic", 255, "The guest's kernel panicked.")
+
+    def _panicked(self) -> bool:
+        return any(c.matched for c in self._consoles())
+
+    def _consoles(self) -> list[CharDev]:
+        return self._board.consoles if self._board is not None else []
+
+    def _finish_late(self, timeout: float) -> None:
+        """The deadline passed: look where the vCPUs are before they stop."""
+        diagnosis = ""
+        try:
+            self.pause()
+            diagnosis = self._diagnose(None)
+        except VmmError as e:
+            diagnosis = f"(no registers: {e})"
+        self._late_diagnosis = diagnosis
+        self._finish("timeout", 124, f"The guest had not ended after {timeout:g} s.")
+
+    _late_diagnosis = ""
+
+    def _join(self) -> None:
+        for cpu in self._vcpus:
+            if cpu.is_current:
+                raise VmmError("A device handler cannot wait for its own machine.")
+        while not all(cpu.join(0.05) for cpu in self._vcpus):
+            lib.vmm_vm_stop(self._native)
+
+    def _make_result(self) -> RunResult:
+        end = self._end or _End("stopped", 0, "The machine was stopped.")
+        if end.reason in ("reset", "lost", "stopped") and self._panicked():
+            end.reason, end.status = "panic", 255
+        if end.reason == "panic":
+            end.message = "The guest's kernel panicked."
+        diagnosis = self._late_diagnosis
+        if end.event is not None:
+            diagnosis = self._diagnose(end)
+        first = lib.vmm_vm_first_run_ns(self._native) / 1e9
+        consoles = self._consoles()
+        for port in consoles:
+            port.finish()
+        return RunResult(
+            status=end.status,
+            reason=end.reason,
+            console=consoles[-1].console.tail(CONSOLE_TAIL) if consoles else "",
+            duration_s=time.monotonic() - self._started_at,
+            message=end.message,
+            diagnosis=diagnosis,
+            clocks={"start_to_first_run_s": first - self._started_at} if first else {},
+        )
+
+    def _diagnose(self, end: _End | None) -> str:
+        from vmm.diagnose import diagnose
+
+        assert self._memory is not None
+        cpus = self._vcpus if end is None else [self._vcpus[end.vcpu]]
+        return diagnose(
+            [self._arch.snapshot(cpu.vcpu, self._memory) for cpu in cpus],
+            self._memory,
+            None if end is None else end.event,
+            "",
+            [cpu.history() for cpu in cpus],
+        )
+
+    def run(self) -> RunResult:
+        """Start, wait, close."""
+        try:
+            self.start()
+            return self.wait()
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        """End the guest now, from any thread, more than once. ``wait`` then returns."""
+        self._finish("stopped", 0, "The machine was stopped.")
+
+    def pause(self) -> None:
+        """Hold every vCPU outside the guest; nests. Raises HostError if one does not come."""
+        if self._native == ffi.NULL:
+            raise VmmError("The machine is not running.")
+        rc = lib.vmm_vm_pause(self._native, PAUSE_TIMEOUT_MS)
+        if rc:
+            raise HostError("A vCPU did not stop within 10 s.", errno=-rc)
+
+    def resume(self) -> None:
+        if self._native != ffi.NULL:
+            lib.vmm_vm_resume(self._native)
+
+    def press_power_button(self) -> None:
+        """Ask the guest to shut down, as ACPI's power button does."""
+        pm = self._board.find("acpi-pm") if self._board is not None else None
+        if pm is None:
+            raise VmmError("This machine has no power button.")
+        with self._device_lock:
+            pm.press_power_button()  # type: ignore[attr-defined]
+
+    @property
+    def memory(self) -> GuestMemory:
+        """Guest-physical memory; see GuestMemory."""
+        if self._memory is None:
+            raise VmmError("The machine has no memory before it starts.")
+        return self._memory
+
+    @property
+    def vcpus(self) -> list[CpuThread]:
+        return self._vcpus
+
+    @property
+    def devices(self) -> list[Device]:
+        """Every device, those behind a virtio transport included."""
+        board = self._board
+        return [*board.devices, *board.virtio] if board is not None else []
+
+    @property
+    def consoles(self) -> list[CharDev]:
+        """Where the consoles go on the host, the main one last."""
+        return list(self._consoles())
+
+    @property
+    def console(self) -> Console:
+        """The guest's main console: the last one on its command line that exists."""
+        consoles = self._consoles()
+        if not consoles:
+            raise VmmError("The machine has no console (or was not started).")
+        return consoles[-1].console
+
+    def _console_ended(self) -> BaseException | None:
+        """For Console.expect: why nothing more will come, or None while the guest runs."""
+        if not self._ended():
+            return None
+        if self._error is not None:
+            return self._error
+        end = self._end
+        return GuestLost(f"The guest ended: {end.message if end else 'stopped'}")
+
+    def exit_counts(self) -> list[tuple[str, int, bool, int, int]]:
+        """(reason, address, is_write, count, of those answered by Python), most first."""
+        from vmm.diagnose import exit_name
+
+        total: dict[tuple[int, int, bool], list[int]] = {}
+        for cpu in self._vcpus:
+            for c in cpu.counts():
+                both = total.setdefault((c.reason, c.addr, bool(c.is_write)), [0, 0])
+                both[0] += c.count
+                both[1] += c.cold
+        rows = [(exit_name(k[0]), k[1], k[2], v[0], v[1]) for k, v in total.items()]
+        return sorted(rows, key=lambda row: -row[3])
+
+    def close(self) -> None:
+        """Stop the guest and give everything back; more than once is fine."""
+        if self._native != ffi.NULL:
+            lib.vmm_vm_stop(self._native)
+            self._join()
+        for cpu in self._vcpus:
+            cpu.close()
+        self._closed = True
+        if self._board is not None:
+            self._board.close()
+            self._board.free()
+        if self._chip is not None:
+            self._chip.close()
+        if self._native != ffi.NULL:
+            lib.vmm_vm_destroy(self._native)
+            self._native = ffi.NULL
+        for owner in (self._vm, self._kvm):
+            if owner is not None:
+                owner.close()
+        if self._memory is not None:
+            self._memory.close()
+        if self._wake >= 0:
+            os.close(self._wake)
+            self._wake = -1
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
