@@ -45,6 +45,8 @@ void vmm_service_run(struct vmm_service *s)
 			break;
 		vmm_vq_disable_kicks(s->vq);
 	}
+	if (s->flush)
+		s->flush(s);
 	vmm_service_notify(s);
 }
 
@@ -85,6 +87,8 @@ static void forget(void *arg)
 {
 	struct vmm_service *s = arg;
 
+	if (s->drain)
+		s->drain(s);
 	vmm_vq_destroy(s->vq);
 	s->vq = NULL;
 }

@@ -31,6 +31,10 @@ struct vmm_service {
 	/* Takes one chain: what vmm_vq_pop() said, or VMM_SERVICE_WAIT without having tried:
 	 * the device has no room (or nothing to give) and calls vmm_service_run() once it has. */
 	int (*serve)(struct vmm_service *s);
+	/* Optional. When nothing is left to take, before the driver is told: submit, push. */
+	void (*flush)(struct vmm_service *s);
+	/* Optional. When stopping: returns when nothing is in flight. */
+	void (*drain)(struct vmm_service *s);
 };
 
 /* 0 or -errno. Chains that are there already are served without a kick. */

@@ -107,11 +107,14 @@ class Blk(VirtioDevice):
         serial: str = "",
         direct: bool = False,
         name: str = "disk0",
+        uring: bool = True,
     ) -> None:
+        """``uring=False`` does without io_uring, as a host that forbids it."""
         spec = DiskSpec(path, readonly=readonly, serial=serial, direct=direct)
         self.path = path
         self.readonly = readonly
         self.direct = direct
+        self._uring = uring
         self.serial = spec.serial or name[:SERIAL_BYTES]
         self._native = ffi.NULL
         self._thread: IoThread | None = None
@@ -135,6 +138,7 @@ class Blk(VirtioDevice):
         config.buffered_fd = self._file.buffered_fd
         config.align = self._file.align
         config.read_only = self.readonly
+        config.sync = not self._uring
         config.size = self.size
         config.queue_size = QUEUE_SIZE
         config.serial = self.serial.encode().ljust(SERIAL_BYTES, b"\0")
@@ -147,6 +151,11 @@ class Blk(VirtioDevice):
 
     def stop_queues(self) -> None:
         lib.vmm_blk_stop(self._native)
+
+    @property
+    def engine(self) -> str:
+        """'uring', or 'sync' where the host has no io_uring."""
+        return "uring" if self._native != ffi.NULL and lib.vmm_blk_async(self._native) else "sync"
 
     def stats(self) -> dict[str, int]:
         """Requests and bytes so far."""
