@@ -21,6 +21,7 @@ from tests.virtio_mock import (
     Rig,
     ToyDevice,
 )
+from vmm._native import ffi, lib
 from vmm.memory import GuestMemory
 
 RAM = 1 << 20
@@ -28,8 +29,12 @@ HIGH = 1 << 32
 
 
 class ToyRig(Rig):
-    def __init__(self, transport: str, *, io: FakeIoEventFd | None = None) -> None:
+    def __init__(
+        self, transport: str, *, io: FakeIoEventFd | None = None, config: bytes | None = None
+    ) -> None:
         self.toy = ToyDevice()
+        if config is not None:
+            self.toy.config = bytearray(config)
         memory = GuestMemory([(0, RAM), (HIGH, RAM)])
         super().__init__(transport, self.toy, memory, io=io)  # type: ignore[arg-type]
 
@@ -331,6 +336,71 @@ def test_no_config_interrupt_before_driver_ok(rig: ToyRig) -> None:
     irqs.config_changed()
     assert rig.regs.interrupts() == 0
     assert rig.irq.count == 0
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 256])
+@pytest.mark.parametrize("transport", ["mmio", "pci"])
+def test_config_far_beyond_its_end(transport: str, length: int) -> None:
+    rig = ToyRig(transport, config=bytes(range(1, length + 1)) if length < 256 else b"\x7f" * 256)
+    before = bytes(rig.toy.config)
+    base, end = (0xFEB0_0100, 0xF00) if transport == "mmio" else (rig.pci.pci.bar(0) + 0x2000, 4096)
+    for offset in [*range(length, length + 20), *range(end - 20, end)]:
+        for size in (1, 2, 4, 8):
+            if length <= offset <= end - size:
+                assert rig.bus.read(base + offset, size) == 0, (offset, size)
+                rig.bus.write(base + offset, size, (1 << (8 * size)) - 1)
+    assert rig.toy.config == before
+    rig.close()
+    rig.memory.close()
+
+
+# -- rows 6 and 9 of the classes of attack: registers while the device runs
+
+
+@pytest.mark.parametrize("value", [0, 1, 3, 0xFFFF, 0xFFFF_FFFF])
+def test_every_register_while_running(rig: ToyRig, value: int) -> None:
+    rig.driver.start()
+    before = [(q.size, q.desc, q.driver, q.device) for q in rig.toy.queues if q is not None]
+    features = rig.toy.features
+    if isinstance(rig.regs, MmioRegs):
+        first, end, status = rig.MMIO, 0x100, 0x70
+    else:
+        first, end, status = rig.regs.places[1], 0x40, 0x14
+    for queue in (0, 1, 2, 0xFFFF):
+        rig.regs.queue_max(queue)  # selects it
+        for size in (1, 2, 4, 8):
+            for reg in range(0, end, size):
+                if reg <= status < reg + size and value == 0:
+                    continue  # that is a reset
+                rig.bus.write(first + reg, size, value & ((1 << (8 * size)) - 1))
+                assert 0 <= rig.bus.read(first + reg, size) < 1 << (8 * size)
+    assert rig.toy.log == ["activate"]
+    for queue, (size, desc, driver, device) in enumerate(before):
+        q = ffi.new("struct vmm_virtio_queue *")
+        assert lib.vmm_virtio_queue(rig.core.native, queue, q) == 0
+        assert (q.size, q.desc, q.driver, q.device, q.enabled) == (size, desc, driver, device, 1)
+    assert lib.vmm_virtio_driver_features(rig.core.native) == features
+    rig.driver.reset()
+    rig.driver.start()
+    assert rig.toy.log == ["activate", "deactivate", "activate"]
+
+
+@pytest.mark.parametrize("value", [2, 3, 0xFF, 0x100, 0x7FFF, 0xFFFF, 0x8000_0000, 0xFFFF_FFFF])
+def test_notify_of_queues_that_are_not_there(rig: ToyRig, value: int) -> None:
+    rig.driver.start()
+    refused = rig.core.refused
+    if isinstance(rig.regs, MmioRegs):
+        rig.regs.notify(value)
+        assert rig.core.refused == refused + 1
+    else:
+        # The address tells the queue; what is written there does not matter.
+        rig.bus.write(rig.regs.notify_address(1), 2, value & 0xFFFF)
+        assert rig.toy.kicked(1) == 1
+        for at in range(rig.regs.notify_address(1) + 4, rig.regs.places[2] + 0x1000, 4):
+            rig.bus.write(at, 2, 0)
+        for odd in (1, 2, 3):
+            rig.bus.write(rig.regs.places[2] + odd, 1, 0)
+    assert (rig.toy.kicked(0), rig.toy.kicked(1)) == (0, 0)
 
 
 # -- transport by transport
