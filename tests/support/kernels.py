@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable, Sequence
 
 import lz4.block  # type: ignore[import-untyped]
+import lz4.frame  # type: ignore[import-untyped]
 import zstandard
 
 BASE = 0x1000000
@@ -92,6 +93,7 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "lzma": lambda d: lzma.compress(d, lzma.FORMAT_ALONE, preset=0),
     "bzip2": bz2.compress,
     "lz4": lz4_legacy,
+    "lz4 frame": lz4.frame.compress,
     "zstd": lambda d: zstandard.ZstdCompressor(write_content_size=False).compress(d),
 }
 

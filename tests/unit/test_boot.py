@@ -116,6 +116,8 @@ def test_a_32_bit_bzimage_starts_in_protected_mode(load: Load) -> None:
     assert (state.mode, state.rip, state.rsi) == ("protected", kernels.BASE, layout.ZERO_PAGE)
     assert (state.cr0, state.cr3, state.cr4, state.efer) == (0x11, 0, 0, 0)
     assert (state.cs.selector, state.cs.db, state.cs.l) == (0x10, 1, 0)
+    with pytest.raises(BootError, match="32-bit, which only protocol bzimage starts"):
+        load(kernels.bzimage(xloadflags=0), protocol="elf")
 
 
 def test_vmlinux_by_the_64_bit_protocol(load: Load, memory: GuestMemory) -> None:

@@ -100,6 +100,8 @@ def _boot_bzimage(request: Request, source: Source) -> BootState:
         protocol = AUTO_BZIMAGE if image.is_64bit else "bzimage"
     if protocol == "bzimage":
         return linux.boot_bzimage(request, image)
+    if protocol == "elf" and not image.is_64bit:
+        raise source.error(f"is a {image.description}, which only protocol bzimage starts")
     from vmm.arch.x86_64 import unpacked
 
     inner = unpacked.payload(request, image)

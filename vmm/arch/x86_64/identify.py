@@ -59,8 +59,7 @@ def describe(head: bytes) -> str:
 def refusal(source: Source, head: bytes, protocol: str) -> BootError:
     """The error for a file that is neither bzImage, ELF nor multiboot."""
     what = describe(head)
-    is_ = "is" if what[0] != "n" else "holds"
     wanted = "a bzImage, an x86 ELF kernel or a multiboot payload"
     if protocol != "auto":
         wanted = f"what protocol {protocol} boots"
-    return source.error(f"{is_} {what}, not {wanted}")
+    return source.error(f"is {what}, not {wanted}")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-from vmm.errors import BootError
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,10 +25,21 @@ MAGICS = (
     (b"\xfd7zXZ\0", "xz"),
     (b"\x28\xb5\x2f\xfd", "zstd"),
     (b"\x02\x21\x4c\x18", "lz4"),
+    (b"\x04\x22\x4d\x18", "lz4 frame"),
     (b"BZh", "bzip2"),
     (b"\x5d\x00\x00", "lzma"),
     (b"\x89LZO\0\r\n\x1a\n", "lzo"),
 )
+#: What unpacks each; lzo has nothing.
+MODULES = {
+    "gzip": "zlib",
+    "xz": "lzma",
+    "zstd": "zstandard",
+    "lz4": "lz4.block",
+    "lz4 frame": "lz4.frame",
+    "bzip2": "bz2",
+    "lzma": "lzma",
+}
 LZ4_LEGACY_MAGIC = 0x184C2102
 LZ4_BLOCK = 8 << 20
 #: Linux unpacks xz and zstd with windows of up to 128 MiB; a little more is liblzma's own.
@@ -59,15 +68,10 @@ def size_limit(packed: int) -> int:
 
 def available(kind: str) -> bool:
     """Whether this host can unpack ``kind``."""
-    module = {"gzip": "zlib", "xz": "lzma", "lzma": "lzma", "bzip2": "bz2", "lz4": "lz4.block",
-              "zstd": "zstandard"}.get(kind)  # fmt: skip
-    if module is None:
-        return False
     try:
-        __import__(module)
+        return kind in MODULES and bool(__import__(MODULES[kind]))
     except ImportError:
         return False
-    return True
 
 
 def unpack(source: Source, offset: int, length: int, kind: str, limit: int) -> Iterator[bytes]:
@@ -132,6 +136,11 @@ def _pieces(source: Source, offset: int, length: int, kind: str, limit: int) -> 
         form = lzma.FORMAT_XZ if kind == "xz" else lzma.FORMAT_ALONE
         decoder: Decoder = lzma.LZMADecompressor(form, memlimit=XZ_MEMORY_MAX)
         return _translated(_stream(source, offset, length, kind, decoder), lzma.LZMAError)
+    if kind == "lz4 frame":
+        import lz4.frame  # type: ignore[import-untyped]
+
+        frames = _stream(source, offset, length, kind, lz4.frame.LZ4FrameDecompressor())
+        return _translated(frames, RuntimeError)
     if kind == "bzip2":
         import bz2
 
@@ -250,5 +259,5 @@ def _lz4_legacy(source: Source, offset: int, length: int, limit: int) -> Iterato
 def declared_size(source: Source, offset: int, length: int) -> int:
     """What a bzImage's payload says it unpacks to: its last four bytes. x86 boot.rst §1.3."""
     if length < 8:
-        raise BootError(f"{source.name!r} holds a payload of only {length} bytes")
+        raise source.error(f"has a damaged header: its payload is only {length} bytes long")
     return int.from_bytes(source.read(offset + length - 4, 4), "little")
