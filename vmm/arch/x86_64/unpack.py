@@ -139,8 +139,8 @@ def _pieces(source: Source, offset: int, length: int, kind: str, limit: int) -> 
     if kind == "lz4 frame":
         import lz4.frame  # type: ignore[import-untyped]
 
-        frames = _stream(source, offset, length, kind, lz4.frame.LZ4FrameDecompressor())
-        return _translated(frames, RuntimeError)
+        untyped: Any = lz4.frame.LZ4FrameDecompressor()
+        return _translated(_stream(source, offset, length, kind, untyped), RuntimeError)
     if kind == "bzip2":
         import bz2
 
