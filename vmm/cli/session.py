@@ -207,7 +207,8 @@ class Session:
             complain(result.message)
         if failed or self.verbose:
             self._explain(result)
-        return result.status
+        # A payload's own status may be wider than what a process can show.
+        return result.status & 0xFF
 
     def _explain(self, result: RunResult) -> None:
         for device in self.machine.devices:
