@@ -145,7 +145,7 @@ def _event_lines(event: Any, snap: VcpuSnapshot | None, memory: GuestMemory) -> 
         if reason & 0xFFFF_FFFF == 0x8000_0021:
             lines += _guesses(["The guest's state is invalid by Intel SDM vol 3 §26.3."])
     elif kind == lib.VMM_EV_ERROR:
-        code = int(event.extra[0])
+        code = int(event.extra[0]) & 0xFFFF
         name = errno.errorcode.get(code, str(code))
         lines = [f"KVM_RUN failed: {name} ({os.strerror(code)})."]
     elif kind == lib.VMM_EV_OTHER:
