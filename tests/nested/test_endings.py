@@ -1,0 +1,245 @@
+"""However a run ends: the status, and no process left behind."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.nested.conftest import (
+    DEADLINE,
+    Start,
+    alive,
+    command,
+    environment,
+    nested,
+    qemu_children,
+    wait_for,
+)
+
+pytestmark = pytest.mark.timeout(DEADLINE + 20)
+
+#: Says when it runs, then waits; says what reached it.
+PATIENT = "trap 'echo int; exit 33' INT; trap 'echo term; exit 44' TERM; echo up; while :; do sleep 0.1; done"  # noqa: E501
+DEAF = "trap '' INT TERM HUP; echo up; while :; do sleep 0.1; done"
+
+
+def qemu_of(process: subprocess.Popen[bytes]) -> int:
+    found: list[int] = []
+    wait_for(lambda: found.extend(qemu_children(process.pid)) or found)
+    return found[0]
+
+
+def wait_up(process: subprocess.Popen[bytes]) -> int:
+    assert process.stdout
+    assert process.stdout.readline() == b"up\n"
+    return qemu_of(process)
+
+
+def test_timeout_while_the_command_runs(start: Start) -> None:
+    before = time.monotonic()
+    process = start("--timeout", "60", "--", "sh", "-c", DEAF)
+    qemu = wait_up(process)
+    assert process.wait(DEADLINE) == 124
+    assert time.monotonic() - before < 90
+    assert not alive(qemu)
+
+
+def test_timeout_during_the_boot() -> None:
+    done = nested("--timeout", "1", "--", "true")
+    assert (done.status, done.out) == (124, b"")
+
+
+@pytest.mark.parametrize("signo", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_during_the_boot(start: Start, signo: signal.Signals) -> None:
+    process = start("--", "sleep", "1000")
+    qemu = qemu_of(process)
+    time.sleep(0.3)
+    process.send_signal(signo)
+    assert process.wait(20) == 128 + signo
+    assert not alive(qemu)
+
+
+def test_interrupt_reaches_the_command(start: Start) -> None:
+    process = start("--", "sh", "-c", PATIENT)
+    qemu = wait_up(process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(DEADLINE) == 33
+    assert process.stdout
+    assert process.stdout.read() == b"int\n"
+    assert not alive(qemu)
+
+
+def test_a_second_interrupt_ends_everything(start: Start) -> None:
+    process = start("--", "sh", "-c", DEAF)
+    qemu = wait_up(process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    assert not alive(qemu)
+
+
+def test_terminate_reaches_the_command(start: Start) -> None:
+    process = start("--", "sh", "-c", PATIENT)
+    qemu = wait_up(process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(DEADLINE) == 44
+    assert not alive(qemu)
+
+
+def test_terminate_is_enforced(start: Start) -> None:
+    process = start("--", "sh", "-c", DEAF)
+    qemu = wait_up(process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert not alive(qemu)
+
+
+def test_kill_takes_the_machine_along(start: Start) -> None:
+    process = start("--", "sh", "-c", DEAF)
+    qemu = wait_up(process)
+    process.kill()
+    assert process.wait(20) == -signal.SIGKILL
+    wait_for(lambda: not alive(qemu), 20)
+
+
+def test_a_machine_that_dies_is_an_error(start: Start) -> None:
+    process = start("--", "sh", "-c", DEAF)
+    qemu = wait_up(process)
+    os.kill(qemu, signal.SIGKILL)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 125
+    assert b"ended early: QEMU was killed by signal 9" in err
+
+
+def test_a_panic_of_the_machine_is_told_with_the_log(start: Start) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root may write to /proc/sysrq-trigger")
+    process = start("--", "sh", "-c", "echo c > /proc/sysrq-trigger")
+    _, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 125
+    assert b"ended early: Kernel panic - not syncing: sysrq triggered crash" in err
+    assert b"Call Trace" in err
+
+
+class Typist:
+    """``vmm nested`` on a terminal of its own."""
+
+    def __init__(self, *args: str) -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            argv = command(*args)
+            os.execve(argv[0], argv, environment())
+        termios.tcsetwinsize(self.fd, (33, 77))
+        self.mode = termios.tcgetattr(self.fd)
+        self.seen = b""
+
+    def expect(self, text: bytes) -> None:
+        limit = time.monotonic() + DEADLINE
+        while text not in self.seen:
+            assert time.monotonic() < limit, self.seen
+            if select.select([self.fd], [], [], 1)[0]:
+                try:
+                    self.seen += os.read(self.fd, 4096)
+                except OSError:
+                    raise AssertionError(self.seen) from None
+        self.seen = self.seen[self.seen.index(text) + len(text) :]
+
+    def type(self, text: bytes) -> None:
+        os.write(self.fd, text)
+
+    def end(self) -> int:
+        """The exit status; the terminal must be as it was."""
+        limit = time.monotonic() + DEADLINE
+        while True:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                break
+            assert time.monotonic() < limit, self.seen
+            if select.select([self.fd], [], [], 0.1)[0]:
+                try:
+                    self.seen += os.read(self.fd, 4096)
+                except OSError:
+                    time.sleep(0.05)
+        self.pid = 0
+        assert termios.tcgetattr(self.fd) == self.mode
+        return os.waitstatus_to_exitcode(status)
+
+    def close(self) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.fd)
+
+
+def test_on_a_terminal(tmp_path: Path) -> None:
+    script = "stty size; tty; test -t 0 && test -t 1 && test -t 2 && echo all; exec sh -i"
+    typist = Typist("--env", "PS1=prompt> ", "--", "sh", "-c", script)
+    try:
+        typist.expect(b"33 77\r\n/dev/pts/0\r\nall\r\n")
+        typist.expect(b"prompt> ")
+        typist.type(b"sleep 1000\r")
+        typist.expect(b"sleep 1000\r\n")
+        time.sleep(0.5)
+        typist.type(b"\x03")  # to the sleep, neither to the shell nor to us
+        typist.expect(b"prompt> ")
+        termios.tcsetwinsize(typist.fd, (40, 90))
+        os.kill(typist.pid, signal.SIGWINCH)
+        time.sleep(1)
+        typist.type(b"stty size; echo a$((1+1))c\r")
+        typist.expect(b"40 90\r\na2c\r\n")
+        typist.type(b"exit 5\r")
+        assert typist.end() == 5
+    finally:
+        typist.close()
+
+
+def test_interrupt_typed_during_the_boot() -> None:
+    typist = Typist("--", "sleep", "1000")
+    try:
+        wait_for(lambda: qemu_children(typist.pid))
+        time.sleep(0.3)
+        typist.type(b"\x03")
+        assert typist.end() == 130
+    finally:
+        typist.close()
+
+
+def test_the_way_out_of_a_command_that_hangs() -> None:
+    typist = Typist("--", "sh", "-c", f"stty raw -echo; {DEAF}")
+    try:
+        typist.expect(b"up")
+        typist.type(b"\x03\x1d\x1d\x1d")
+        assert typist.end() == 137
+    finally:
+        typist.close()
+
+
+def test_stdout_elsewhere_while_the_terminal_is_stdin(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    line = " ".join(command("--", "sh", "-c", "'echo plain; echo seen >&2; read x; echo $x'"))
+    typist = Typist("--", "true")
+    typist.close()
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.execve("/bin/sh", ["sh", "-c", f"{line} > {target}"], environment())
+    typist.pid, typist.fd, typist.seen = pid, fd, b""
+    typist.mode = termios.tcgetattr(fd)
+    try:
+        typist.expect(b"seen\r\n")
+        typist.type(b"typed\r")
+        assert typist.end() == 0
+        assert target.read_bytes() == b"plain\ntyped\n"
+        assert re.search(rb"typed", typist.seen)  # echoed on the terminal
+    finally:
+        typist.close()

@@ -1,0 +1,195 @@
+"""What the command finds in the nested machine: KVM, files, identity; and its status."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import count_boot
+from tests.nested.conftest import DEADLINE, ROOT, command, environment, nested
+
+pytestmark = pytest.mark.timeout(DEADLINE + 20)
+
+#: KVM_GET_API_VERSION, KVM_CREATE_VM, KVM_CREATE_VCPU, by their numbers alone.
+KVM = """
+import fcntl, os
+kvm = os.open("/dev/kvm", os.O_RDWR)
+vm = fcntl.ioctl(kvm, 0xae01, 0)
+vcpu = fcntl.ioctl(vm, 0xae41, 0)
+print(fcntl.ioctl(kvm, 0xae00, 0), vm > 0, vcpu > 0, "svm" in open("/proc/cpuinfo").read())
+"""
+
+
+def test_a_true_kvm() -> None:
+    done = nested("--", sys.executable, "-c", KVM)
+    assert (done.status, done.out) == (0, b"12 True True True\n"), done
+    count_boot()
+
+
+def test_where_and_who(tmp_path: Path) -> None:
+    """Directory (one below /tmp included), user, arguments, environment, limits and host name."""
+    script = 'pwd; id -u; id -G; umask; uname -n; echo "$1|$2|$3|$A|$B|$VMM_NESTED"'
+    environ = {**environment(), "A": "from outside"}
+    done = subprocess.run(
+        ["sh", "-c", 'umask 027; exec "$@"', "sh",
+         *command("--env", "B=x=y z", "--", "sh", "-c", script, "sh", "a b", "", "ü\n*")],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        cwd=tmp_path,
+        env=environ,
+        timeout=DEADLINE,
+        check=False,
+    )  # fmt: skip
+    groups = " ".join(map(str, dict.fromkeys([os.getgid(), *os.getgroups()])))
+    assert done.stdout.decode().split("\n") == [
+        str(tmp_path), str(os.getuid()), groups, "0027", socket.gethostname(),
+        "a b||ü", "*|from outside|x=y z|1", "",
+    ]  # fmt: skip
+    assert done.returncode == 0
+
+
+def test_what_is_written(tmp_path: Path) -> None:
+    """Into --rw directories: really; anywhere else: seen inside, gone at the end."""
+    shared, other = tmp_path / "shared dir, with, commas", tmp_path / "other"
+    shared.mkdir()
+    other.mkdir()
+    (shared / "old").write_text("old")
+    (other / "kept").write_text("as it was")
+    script = f"""
+set -e
+cd '{tmp_path}'
+echo new > '{shared.name}/new'
+mkdir '{shared.name}/dir'
+mv '{shared.name}/old' '{shared.name}/dir/moved'
+chmod 600 '{shared.name}/new'; ln -s new '{shared.name}/link'
+echo lost > other/lost; echo changed > other/kept; rm -f other/nothing
+cat other/lost other/kept '{shared.name}/new'
+"""
+    done = nested("--rw", str(shared), "--", "sh", "-c", script)
+    assert (done.status, done.out) == (0, b"lost\nchanged\nnew\n"), done
+    assert (shared / "new").read_text() == "new\n"
+    assert (shared / "new").stat().st_mode & 0o777 == 0o600
+    assert (shared / "dir/moved").read_text() == "old"
+    assert (shared / "link").readlink() == Path("new")
+    assert sorted(p.name for p in other.iterdir()) == ["kept"]
+    assert (other / "kept").read_text() == "as it was"
+
+
+def test_a_large_file_on_a_writable_share(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(5_000_001))
+    done = nested("--rw", str(tmp_path), "--", "cp", str(source), str(tmp_path / "copy"))
+    assert done.status == 0, done
+    assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "message"),
+    [
+        (["sh", "-c", "kill -TERM $$"], 143, b""),
+        (["sh", "-c", "kill -9 $$"], 137, b""),
+        (["no-such-command"], 127, b"vmm: no-such-command: command not found\n"),
+        (["/etc/passwd"], 126, b"vmm: /etc/passwd: Permission denied\n"),
+        (["/etc"], 126, b"vmm: /etc: Permission denied\n"),
+    ],
+)
+def test_statuses_as_a_shell_has_them(argv: list[str], status: int, message: bytes) -> None:
+    done = nested("--", *argv)
+    assert (done.status, done.err) == (status, message)
+
+
+def test_memory_and_cpus_as_asked() -> None:
+    script = "nproc; awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo"
+    done = nested("--memory", "700M", "--cpus", "1", "--", "sh", "-c", script)
+    cpus, memory = map(int, done.out.split())
+    assert cpus == 1
+    assert 500 < memory < 700
+
+
+def test_verbose_shows_the_log() -> None:
+    done = nested("--verbose", "--", "true")
+    assert done.status == 0
+    assert b"Linux version" in done.err
+
+
+def test_without_a_home_to_cache_in(tmp_path: Path) -> None:
+    """As for a user whose home cannot be written."""
+    environ = {
+        **environment(),
+        "XDG_CACHE_HOME": "/proc/nowhere",
+        "VMM_NESTED_KERNEL": _a_kernel(),
+    }
+    done = subprocess.run(
+        command("--", "echo", "up"),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        cwd=tmp_path,
+        env=environ,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, b"up\n"), done
+
+
+def _a_kernel() -> str:
+    from vmm.nested.appliance import find_parts
+
+    return str(Path(find_parts(None).image).parent.parent)
+
+
+@pytest.mark.parametrize("account", ["nobody"])
+def test_as_another_user(account: str, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user; the other tests ran as one already")
+    import pwd
+
+    user = pwd.getpwnam(account)
+    kernel = _a_kernel()
+    if not _readable_by_all(Path(kernel)) or not _readable_by_all(ROOT):
+        pytest.skip(f"{account} cannot read {kernel} or {ROOT}")
+    script = "id -u; test -w /dev/kvm && echo kvm; touch /etc/x 2>/dev/null || echo no"
+    done = subprocess.run(
+        command("--kernel", kernel, "--", "sh", "-c", script),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        cwd="/",
+        env={**environment(), "HOME": "/nonexistent"},
+        user=user.pw_uid,
+        group=user.pw_gid,
+        extra_groups=[],
+        timeout=DEADLINE,
+        check=False,
+    )
+    expected = f"{user.pw_uid}\nkvm\nno\n".encode()
+    assert (done.returncode, done.stdout) == (0, expected), done
+
+
+def _readable_by_all(path: Path) -> bool:
+    return all(p.stat().st_mode & 0o005 == 0o005 for p in [path, *path.parents])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--rw", "/no/such/place"], "--rw /no/such/place: there is no such directory"),
+        (["--rw", "/etc/passwd"], "--rw /etc/passwd: there is no such directory"),
+        (["--env", "NOT_SET_ANYWHERE"], "it is not set in the environment"),
+        (["--memory", "10M"], "at least 256 MiB"),
+        (["--cpus", "0"], "--cpus 0"),
+    ],
+)
+def test_what_cannot_be_is_said(args: list[str], message: str) -> None:
+    done = nested(*args, "--", "true")
+    assert (done.status, done.out) == (2, b"")
+    assert message in done.err.decode()
+
+
+def test_a_kernel_that_is_none(tmp_path: Path) -> None:
+    done = nested("--kernel", str(tmp_path), "--", "true")
+    assert done.status == 125
+    assert f"no kernel with its modules at {tmp_path}" in done.err.decode()
