@@ -27,7 +27,8 @@ def main(argv: list[str]) -> int:
     """Run one command line (without the program's name); gives the exit status."""
     try:
         status = _dispatch(argv)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
         return status
     except VmmError as e:
         complain(str(e))
