@@ -27,7 +27,8 @@ _PORTS = "org.vmm."
 _PORT_MODULES = ["virtio_pci", "virtio_console"]
 _SHARE_MODULES = ["9pnet_virtio", "9p", "overlay"]
 _KVM_MODULES = ["kvm-amd"]
-_NEEDED = [*_PORT_MODULES, *_SHARE_MODULES, *_KVM_MODULES]
+#: Modules without which there is no nested machine.
+NEEDED = [*_PORT_MODULES, *_SHARE_MODULES, *_KVM_MODULES]
 # For the devices of machines inside; each is left out where the kernel has none.
 _OPTIONAL = ["tun", "vhost_net", "vhost_vsock"]
 _OPENED = ("kvm", "net/tun", "vhost-net", "vhost-vsock")
@@ -43,7 +44,7 @@ def find_parts(kernel: str | None) -> KernelTree:
     if os.uname().machine != "x86_64":
         raise HostError(f"The nested machine needs an x86-64 host, this is {os.uname().machine}")
     find_qemu()
-    return find_kernel(_NEEDED, kernel)
+    return find_kernel(NEEDED, kernel)
 
 
 def run_command(argv: list[str], options: Options) -> int:
@@ -55,7 +56,7 @@ def run_command(argv: list[str], options: Options) -> int:
     memory, cpus = _size(options)
     kernel = find_parts(options.kernel)
     _fill_closed_streams()
-    modules = [*_NEEDED, *(name for name in _OPTIONAL if _has(kernel, name))]
+    modules = [*NEEDED, *(name for name in _OPTIONAL if _has(kernel, name))]
     initramfs = Initramfs(kernel, modules, os.path.join(cache_dir(), "nested"))
     terminal = Terminal()
     stdio = _stdio(terminal)
