@@ -46,7 +46,7 @@ def wait_up(process: subprocess.Popen[bytes]) -> int:
 
 def test_timeout_while_the_command_runs(start: Start) -> None:
     before = time.monotonic()
-    process = start("--timeout", "60", "--", "sh", "-c", DEAF)
+    process = start("--timeout", "40", "--", "sh", "-c", DEAF)
     qemu = wait_up(process)
     assert process.wait(DEADLINE) == 124
     assert time.monotonic() - before < 90

@@ -191,7 +191,7 @@ def _plan(
     plan = Plan()
     plan.add("end", "wait")
     plan.add("stdio", *stdio)
-    plan.add("tty", *terminal.size(), "raw" if terminal.raw_input else "cooked")
+    plan.add("tty", *terminal.size(), "raw" if terminal.raw_output else "cooked")
     plan.mount("devtmpfs", "/dev", flags="nosuid")
     plan.mount("sysfs", "/sys")
     for path in initramfs.load(_PORT_MODULES):

@@ -23,6 +23,7 @@ _BOOT_S = 240.0  # a quiet machine needs 3; only a hang reaches this
 _GRACE_S = 5.0  # between a forwarded SIGTERM and the end of everything
 _DRAIN_S = 1.0  # for the last words of a machine that has ended
 _LOG_KEEP = 64 * 1024
+_TAIL, _TAIL_PANIC = 30, 100  # lines of it that are shown, and shown after a panic
 _ESCAPE = b"\x1d"  # Ctrl-], three times within a second, ends the machine
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGQUIT)
@@ -291,7 +292,7 @@ class Pump:
             del self.log[:-_LOG_KEEP]
             if self._verbose:
                 text = data.replace(b"\r\n", b"\n")
-                if self._terminal.raw_input and self.started_at is not None:
+                if self._terminal.raw_output and self.started_at is not None:
                     text = text.replace(b"\n", b"\r\n")
                 os.write(2, text)
 
@@ -329,9 +330,11 @@ def _why_ended(status: int, log: bytearray) -> str:
     return f"The nested machine ended early: QEMU ended with status {status}"
 
 
-def print_tail(log: bytearray, lines: int = 30) -> None:
-    """The last lines of the machine's log on stderr, to go with an error."""
-    text = log.decode(errors="replace").replace("\r", "").splitlines()[-lines:]
-    if text:
+def print_tail(log: bytearray) -> None:
+    """The end of the machine's log on stderr, to go with an error: from a panic on, if any."""
+    lines = log.decode(errors="replace").replace("\r", "").splitlines()[-_TAIL_PANIC:]
+    panic = next((nr for nr, line in enumerate(lines) if "Kernel panic" in line), None)
+    lines = lines[-_TAIL:] if panic is None else lines[panic:]
+    if lines:
         print("--- the end of the nested machine's log ---", file=sys.stderr)
-        print("\n".join(text), file=sys.stderr)
+        print("\n".join(lines), file=sys.stderr)

@@ -29,6 +29,11 @@ class Terminal:
         """Will keys go to the guest one by one, with no meaning to the host?"""
         return self.is_tty[0]
 
+    @property
+    def raw_output(self) -> bool:
+        """Will what is written appear as it is, a line feed not becoming a new line?"""
+        return self.is_tty[0] and self.is_tty[1]
+
     def size(self) -> tuple[int, int]:
         """Rows and columns; 24 by 80 when the terminal does not say."""
         try:
@@ -58,7 +63,7 @@ class Terminal:
             | termios.IXON
         )
         # Where stdout goes elsewhere, a program outside may share this terminal and its ways.
-        if self.is_tty[1]:
+        if self.raw_output:
             mode[_OFLAG] &= ~termios.OPOST
         mode[_CFLAG] = (mode[_CFLAG] & ~(termios.CSIZE | termios.PARENB)) | termios.CS8
         mode[_LFLAG] &= ~(
