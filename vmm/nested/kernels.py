@@ -137,14 +137,17 @@ def fetch_debian_kernel(flavour: str = "amd64") -> KernelTree:
     """Download Debian's newest kernel package of a flavour and unpack it into the cache.
 
     ``flavour`` is ``amd64`` (the generic kernel) or ``cloud-amd64``. Needs apt and dpkg-deb but
-    not root; says on stderr what it does; does nothing when the package is there already.
+    not root; says on stderr what it does; does nothing when one was fetched before.
 
     Raises:
         HostError: apt does not know the package, or a step failed.
     """
+    for tree in _fetched():
+        # VERSION-ABI-FLAVOUR, such as 6.1.0-56-cloud-amd64
+        if tree.version.split("-", 2)[2:] == [flavour]:
+            return tree
     _need_tools("apt-cache")
-    package = _newest_package(flavour)
-    target = fetch_package(package)
+    target = fetch_package(_newest_package(flavour))
     trees = _in_directory(target)
     if not trees:
         raise HostError(f"{target} has no kernel in it: remove the directory and try again")
