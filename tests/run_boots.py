@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import subprocess
 import sys
@@ -20,8 +21,11 @@ def main() -> int:
     # What the guests are made of is made here, where it is kept and where it is fast.
     for what in ("cloud-amd64", "busybox", "rootfs"):
         fetch(what)
-    tests = [sys.executable, "-m", "pytest", "tests/boot", "-p", "no:cacheprovider", *sys.argv[1:]]
-    environment = {**os.environ, "VMM_REQUIRE": "boot", "PYTHONDONTWRITEBYTECODE": "1"}
+    chosen = sys.argv[1:] if any(a.startswith("tests/") for a in sys.argv[1:]) else ["tests/boot"]
+    flags = [a for a in sys.argv[1:] if a not in chosen]
+    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *flags, *chosen]
+    compileall.compile_dir(ROOT / "vmm", quiet=1)
+    environment = {**os.environ, "VMM_REQUIRE": "boot"}
     if can_boot_linux():
         return subprocess.call(tests, cwd=ROOT, env=environment)
     print(

@@ -14,8 +14,9 @@ PACKAGE = Path(vmm.__file__).parent
 #: Rooms from the bottom up: a module imports from its own room or one below it.
 ROOMS = [
     {"errors", "host", "_native", "values"},
-    {"memory", "kvm", "bus", "irq", "device", "settings", "config", "result", "board", "vcpus"},
+    {"memory", "kvm", "bus", "irq", "device", "settings", "config", "result"},
     {"chario", "console", "terminal", "oops", "diagnose"},
+    {"chardev", "board", "vcpus"},
     {"devices", "arch"},
     {"machine"},
     {"nested"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from vmm.arch.x86_64 import acpi, boot, layout, platform
 from vmm.arch.x86_64.cpu_features import parse_cpu
 from vmm.arch.x86_64.cpuid import Model, Topology
@@ -81,6 +83,7 @@ class X86_64:  # noqa: N801 - the architecture's own name
             cmdline=self.command_line(config),
             protocol=config.boot,
             rsdp=rsdp,
+            seed=os.urandom(32),
         )
 
     def vcpu_plan(self, kvm: Kvm, config: MachineConfig) -> VcpuPlan:

@@ -6,8 +6,14 @@ from vmm.arch.x86_64 import acpi, layout
 from vmm.board import Notifier
 from vmm.chardev import CharDev
 from vmm.devices.acpi_pm import AcpiPm, ResetPort
+from vmm.devices.debugexit import DebugExit
+from vmm.devices.i8042 import I8042
+from vmm.devices.port80 import Port80
+from vmm.devices.pvpanic import PvPanic
+from vmm.devices.rtc import Rtc
 from vmm.devices.serial import Serial
 from vmm.devices.virtio.blk import Blk
+from vmm.devices.virtio.console import Console as VirtioConsole
 from vmm.devices.virtio.rng import Rng
 
 TYPE_CHECKING = False
@@ -34,6 +40,8 @@ def build(board: Board) -> None:
     """Everything a machine of this configuration has."""
     _legacy(board)
     _serial(board)
+    if board.config.testdev:
+        _testdev(board)
     devices = board.virtio = _virtio_devices(board)
     if board.config.transport == "mmio":
         _on_mmio(board, devices)
@@ -75,6 +83,8 @@ def hardware(board: Board, apic_ids: Sequence[int]) -> acpi.Hardware:
             if layout.VIRTIO_MMIO <= base < layout.IOAPIC
         ],
         serial=[(COM1, COM1_IRQ)] if config.serial != "none" else [],
+        pvpanic=PvPanic.PORT if config.pvpanic else None,
+        rtc=True,
         pm_base=PM_BASE,
         sci=SCI,
     )
@@ -86,10 +96,18 @@ def _ends(board: Board, reason: str, status: int = 0) -> Callable[[], None]:
 
 def _legacy(board: Board) -> None:
     chip, config = board.irqchip, board.config
+    reset = _ends(board, "reset")
     if config.acpi:
         sci = chip.line(SCI)
         board.defer(sci.close)
         board.pio.insert(PM_BASE, AcpiPm.SIZE, board.add(AcpiPm(sci, _ends(board, "poweroff"))))
+    rtc_irq = chip.line(RTC_IRQ)
+    board.defer(rtc_irq.close)
+    board.add(Rtc(rtc_irq, config.memory)).place(board.pio)
+    board.add(I8042(reset)).place(board.pio)
+    board.add(Port80()).place(board.pio)
+    if config.pvpanic:
+        board.add(PvPanic(_ends(board, "panic", 255))).place(board.pio)
 
 
 def _serial(board: Board) -> None:
@@ -103,6 +121,16 @@ def _serial(board: Board) -> None:
     board.pio.insert(
         COM1, Serial.SIZE, board.add(Serial("serial0", port.stream, port.input, irq))
     )
+
+
+def _testdev(board: Board) -> None:
+    from vmm.devices.fwcfg import FwCfg
+    from vmm.devices.testdev import TestDev
+
+    config = board.config
+    board.add(DebugExit(lambda status: board.on_end("debug-exit", status))).place(board.pio)
+    board.add(FwCfg(config.memory, config.cpus)).place(board.pio)
+    board.add(TestDev(board.irqchip)).place(board.pio, board.mmio)
 
 
 def _virtio_devices(board: Board) -> list[VirtioDevice]:
@@ -119,6 +147,10 @@ def _virtio_devices(board: Board) -> list[VirtioDevice]:
                     name=f"disk{nr}",
                 )
             )
+        if config.console != "none":
+            port = CharDev("console", config.console, board.loop, limit=config.console_limit)
+            board.consoles.append(port)
+            devices.append(VirtioConsole(port.stream, port.input))
         if config.rng:
             devices.append(Rng())
         for device in devices:
