@@ -90,7 +90,7 @@ def contenders() -> dict[str, Argv]:
         "vmm minimal": vmm("--transport", "mmio", "--no-rng", "--no-pvpanic"),
     }
     if shutil.which("qemu-system-x86_64"):
-        found["qemu microvm"] = qemu("microvm,acpi=off,pit=off,pic=off,rtc=off")
+        found["qemu microvm"] = qemu("microvm,x-option-roms=off")
         found["qemu q35"] = qemu("q35")
     if shutil.which("lkvm"):
         found["kvmtool"] = lkvm

@@ -62,7 +62,8 @@ def imports(path: Path) -> set[str]:
             continue
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vmm"):
             if node.module == "vmm":
-                found |= {f"vmm.{alias.name}" for alias in node.names}
+                names = {alias.name for alias in node.names if not alias.name.startswith("__")}
+                found |= {f"vmm.{name}" for name in names}
             else:
                 found.add(node.module or "")
         elif isinstance(node, ast.Import):
