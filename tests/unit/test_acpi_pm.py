@@ -60,7 +60,7 @@ def test_a_32_bit_access_covers_status_and_enable(m: Machine) -> None:
 
 def test_unimplemented_enables_stay_clear(m: Machine) -> None:
     m.pm.write(EN, 2, 0xFFFF)
-    assert m.pm.read(EN, 2) == PWRBTN_STS | 1 << 5
+    assert m.pm.read(EN, 2) == PWRBTN_STS | 1 << 5 | RTC_EN
 
 
 def test_the_machine_is_always_in_acpi_mode(m: Machine) -> None:

@@ -39,7 +39,10 @@ RESET_PORT = 0xCF9
 RESET_VALUE = 0x06
 _RST_CPU = 1 << 2
 
-_EVENTS = GBL_STS | PWRBTN_STS
+#: RTC_EN can be set though no RTC event ever comes: Linux's driver enables it before it asks
+#: whether there is one, and complains when the bit does not stick.
+RTC_EN = 1 << 10
+_ENABLES = GBL_STS | PWRBTN_STS | RTC_EN
 
 
 class AcpiPm(Device):
@@ -86,7 +89,7 @@ class AcpiPm(Device):
         lanes = (value << (8 * offset)) & mask
         with self._lock:
             self._status &= ~(lanes & 0xFFFF)
-            self._enable = self._merge(self._enable, lanes >> 16, mask >> 16) & _EVENTS
+            self._enable = self._merge(self._enable, lanes >> 16, mask >> 16) & _ENABLES
             cnt = self._merge(self._control, lanes >> 32, mask >> 32)
             self._control = cnt & (BM_RLD | SLP_TYP) | SCI_EN
             self._update_sci()
