@@ -7,6 +7,7 @@ that is Python's. KVM_RUN, C devices, EINTR, pause and stop never touch the GIL.
 from __future__ import annotations
 
 import threading
+import time
 
 from vmm._native import ffi, lib
 from vmm.errors import HostError
@@ -103,9 +104,15 @@ class CpuThread:
 
     def join(self, timeout: float | None = None) -> bool:
         """Whether the thread has ended (or never began)."""
-        if self._thread is not None:
-            self._thread.join(timeout)
-            return not self._thread.is_alive()
+        if self._thread is None:
+            return True
+        for _ in range(100):
+            try:
+                self._thread.join(timeout)
+                return not self._thread.is_alive()
+            except RuntimeError:
+                # start() was interrupted, by Ctrl-C say: the thread may be on its way.
+                time.sleep(0.01)
         return True
 
     @property

@@ -37,10 +37,6 @@ HELP_TEXT = (
 )
 
 
-class _Interrupted(BaseException):
-    """A signal came while the machine was being built."""
-
-
 class Session:
     """Runs one machine from this process's terminal or pipes."""
 
@@ -53,7 +49,6 @@ class Session:
         #: The signal that ended the run, or 0; whether Ctrl-A x did.
         self.signal = 0
         self.quit = False
-        self._building = True
         self._done = False
         self._consoles: list[CharDev] = []
         self._old: list[tuple[int, object]] = []
@@ -64,24 +59,20 @@ class Session:
         """From start to end; gives the exit status."""
         self._take_signals()
         watcher = threading.Thread(target=self._watch, name="vmm-signals", daemon=True)
+        watcher.start()
         try:
             self.machine.start()
-            self._building = False
             self._consoles = list(self.machine.consoles)
             self._greet()
-            watcher.start()
             self._connect_terminal()
+            self._poke()
             result = self.machine.wait()
             self.terminal.restore()
             return self._report(result)
-        except _Interrupted:
-            return self._ended_by_signal()
         finally:
-            self._building = False
             self._done = True
             self._poke()
-            if watcher.ident is not None:
-                watcher.join(5.0)
+            watcher.join(5.0)
             self.terminal.restore()
             self.machine.close()
             self._give_signals_back()
@@ -90,19 +81,14 @@ class Session:
 
     def _take_signals(self) -> None:
         """Python's handlers run in the main thread, which may hold the machine's locks: they do
-        nothing but interrupt the building. The watcher hears of signals through a pipe."""
+        nothing. The watcher hears of signals through a pipe."""
         if threading.current_thread() is not threading.main_thread():
             return
         self._old_wakeup = signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
         for number in (*ENDING, signal.SIGCONT):
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup
-            self._old.append((number, signal.signal(number, self._on_signal)))
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._building and number != signal.SIGCONT:
-            self.signal = number
-            raise _Interrupted
+            self._old.append((number, signal.signal(number, _nothing)))
 
     def _give_signals_back(self) -> None:
         for number, handler in self._old:
@@ -125,15 +111,14 @@ class Session:
 
         poll = select.poll()
         poll.register(self._wake_r, select.POLLIN)
-        for console in self._consoles:
-            poll.register(console.wake, select.POLLIN)
         while not self._done:
             ready = [fd for fd, _ in poll.poll()]
             if self._wake_r in ready:
                 for number in os.read(self._wake_r, 64):
                     self._handle_signal(number)
-            for console in self._consoles:
-                if console.wake in ready and not self._done:
+            for console in [] if self._done else self._consoles:
+                poll.register(console.wake, select.POLLIN)
+                if console.wake in ready:
                     self._handle_keys(console)
 
     def _handle_signal(self, number: int) -> None:
@@ -143,7 +128,7 @@ class Session:
                 console.input.kick()
         elif number in ENDING:
             if self.signal:
-                # The user insists: the orderly way takes too long.
+                # The user insists; building or ending a machine in order takes too long.
                 self.terminal.restore()
                 os._exit(128 + number)
             self.signal = number
@@ -224,3 +209,7 @@ class Session:
 
     def _main_on_screen(self) -> bool:
         return bool(self._consoles) and self._consoles[-1].target == "stdio"
+
+
+def _nothing(number: int, frame: FrameType | None) -> None:
+    """A handler, so that the signal does not end the process."""
