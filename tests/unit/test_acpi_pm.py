@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm.devices.acpi_pm import PWRBTN_STS, SCI_EN, AcpiPm, ResetPort
+from vmm.devices.acpi_pm import PWRBTN_STS, RTC_EN, SCI_EN, AcpiPm, ResetPort
 from vmm.irq import NullIrqChip
 
 STS, EN, CNT = 0, 2, 4
