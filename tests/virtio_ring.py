@@ -6,12 +6,11 @@ import struct
 from typing import Any
 
 from vmm._native import ffi, lib
+from vmm.devices.virtio.device import F_EVENT_IDX, F_INDIRECT_DESC
 from vmm.devices.virtio.queue import (
     DESC_F_INDIRECT,
     DESC_F_NEXT,
     DESC_F_WRITE,
-    F_EVENT_IDX,
-    F_INDIRECT_DESC,
     Chain,
     Queue,
 )

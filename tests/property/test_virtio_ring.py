@@ -3,16 +3,15 @@ about each, and neither may touch a byte it does not own."""
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.virtio_mutations import MUTATIONS, Layout
 from tests.virtio_ring import EVENT_IDX, INDIRECT, DriverRing, device_side
-from vmm.devices.virtio.queue import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE
 from vmm.memory import GuestMemory
 
 SIZE = 16
@@ -21,66 +20,6 @@ HIGH = 1 << 32
 TABLES = 0x4000
 BUFFERS = 0x8000
 
-
-class Layout:
-    """What a mutation may touch: the ring, its indirect tables, and where descriptors were put."""
-
-    def __init__(self, ring: DriverRing) -> None:
-        self.ring = ring
-        self.heads: list[int] = []
-        self.descs: list[int] = []  # address of each descriptor in use, also of those in tables
-
-    def field(self, desc: int, fmt: str, offset: int, value: int) -> None:
-        self.ring.memory.write(desc + offset, struct.pack(fmt, value))
-
-    def addr(self, desc: int, value: int) -> None:
-        self.field(desc, "<Q", 0, value & (1 << 64) - 1)
-
-    def length(self, desc: int, value: int) -> None:
-        self.field(desc, "<I", 8, value & 0xFFFFFFFF)
-
-    def flags(self, desc: int, change: int) -> None:
-        old = self.ring.memory.read_int(desc + 12, 2)
-        self.field(desc, "<H", 12, old ^ change)
-
-    def following(self, desc: int, value: int) -> None:
-        self.field(desc, "<H", 14, value & 0xFFFF)
-
-
-def next_self(lay: Layout, desc: int, n: int) -> None:
-    """A descriptor of the queue's table that leads to itself; in an indirect table, to any."""
-    lay.field(desc, "<H", 12, lay.ring.memory.read_int(desc + 12, 2) | DESC_F_NEXT)
-    inside = 0 <= desc - lay.ring.desc < 16 * SIZE
-    lay.following(desc, (desc - lay.ring.desc) // 16 if inside else n % SIZE)
-
-
-def dup_head(lay: Layout, desc: int, n: int) -> None:
-    if lay.heads:
-        lay.ring.publish(lay.heads[n % len(lay.heads)])
-
-
-MUTATIONS: dict[str, Callable[[Layout, int, int], None]] = {
-    "next_self": next_self,
-    "next_far": lambda lay, d, n: lay.following(d, n),
-    "flip_next": lambda lay, d, n: lay.flags(d, DESC_F_NEXT),
-    "flip_write": lambda lay, d, n: lay.flags(d, DESC_F_WRITE),
-    "flip_indirect": lambda lay, d, n: lay.flags(d, DESC_F_INDIRECT),
-    "len_zero": lambda lay, d, n: lay.length(d, 0),
-    "len_max": lambda lay, d, n: lay.length(d, 0xFFFFFFFF - n % 16),
-    "len_half": lambda lay, d, n: lay.length(d, 1 << 31),
-    "indirect_len_odd": lambda lay, d, n: lay.length(d, n),
-    "indirect_len_long": lambda lay, d, n: lay.length(d, 16 * (n % 64)),
-    "addr_wrap": lambda lay, d, n: lay.addr(d, -(n % 64)),
-    "addr_hole": lambda lay, d, n: lay.addr(d, RAM - n % 64),
-    "addr_high": lambda lay, d, n: lay.addr(d, HIGH - n % 64),
-    "addr_end": lambda lay, d, n: lay.addr(d, HIGH + RAM - n % 64),
-    "addr_mmio": lambda lay, d, n: lay.addr(d, 0xFEE00000 + n),
-    "addr_ring": lambda lay, d, n: lay.addr(d, lay.ring.desc + n % 512),
-    "dup_head": dup_head,
-    "head_far": lambda lay, d, n: lay.ring.publish(n),
-    "idx_jump": lambda lay, d, n: lay.ring.set_avail_idx(lay.ring.avail_idx + n % 40),
-    "idx_back": lambda lay, d, n: lay.ring.set_avail_idx(lay.ring.avail_idx - 1 - n % 40),
-}
 
 CHAIN = st.tuples(
     st.integers(0, 3), st.integers(0, 3), st.booleans(), st.lists(st.integers(1, 700), max_size=6)
@@ -122,16 +61,10 @@ def build(memory: GuestMemory, case: dict[str, Any]) -> DriverRing:
             parts.append((at if len(parts) % 3 else HIGH + at, size))
             at += size
         use = table if indirect and case["features"] & INDIRECT else None
-        head = ring.place(parts[:reads], parts[reads:], indirect=use)
-        lay.heads.append(head)
-        lay.descs += [ring.desc + 16 * slot for slot in ring.chains[head]]
-        if use is not None:
-            lay.descs += [use + 16 * i for i in range(len(sizes))]
-            table += 16 * len(sizes)
-        ring.publish(head)
+        lay.chain(parts[:reads], parts[reads:], indirect=use)
+        table += 16 * len(sizes)
     for name, which, n in case["mutations"]:
-        desc = lay.descs[which % len(lay.descs)] if lay.descs else ring.desc
-        MUTATIONS[name](lay, desc, n)
+        lay.mutate(name, which, n)
     return ring
 
 

@@ -11,7 +11,6 @@ import os
 
 from vmm._native import ffi, lib
 from vmm.device import Device
-from vmm.devices.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC
 from vmm.errors import HostError
 
 TYPE_CHECKING = False
@@ -21,7 +20,10 @@ if TYPE_CHECKING:
     from vmm.devices.virtio.transport import QueueConfig, QueueIrqs
     from vmm.memory import GuestMemory
 
-#: What native/ring.c can do, offered by every device. virtio-v1.3 §6.
+# Feature bit numbers, virtio-v1.3 §6.
+F_INDIRECT_DESC = 28
+F_EVENT_IDX = 29
+#: What native/ring.c can do, offered by every device.
 RING_FEATURES = 1 << F_INDIRECT_DESC | 1 << F_EVENT_IDX
 
 

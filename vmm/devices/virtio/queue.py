@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import struct
 
+from vmm.devices.virtio.device import F_EVENT_IDX, F_INDIRECT_DESC
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm.memory import GuestMemory
@@ -21,9 +23,6 @@ DESC_F_WRITE = 2
 DESC_F_INDIRECT = 4
 AVAIL_F_NO_INTERRUPT = 1
 USED_F_NO_NOTIFY = 1
-#: Feature bit numbers, virtio-v1.3 §6.
-F_INDIRECT_DESC = 28
-F_EVENT_IDX = 29
 
 MAX_SIZE = 32768
 
