@@ -62,16 +62,18 @@ class Target:
         self.shadow = GuestMemory([(r.gpa, r.size) for r in self.rig.memory.ranges])
 
     def ring(self) -> DriverRing:
-        """A fresh start with one queue of SIZE at the usual place, by hand."""
-        driver = self.rig.driver
-        driver.reset()
-        driver.negotiate()
+        """A queue of SIZE at the usual place, which no device looks at yet."""
+        self.rig.driver.reset()
+        self.rig.driver.negotiate()
         self.rig.memory.write(0, bytes(END))
-        ring = DriverRing(self.rig.memory, SIZE)
+        return DriverRing(self.rig.memory, SIZE)
+
+    def start(self, ring: DriverRing) -> None:
+        """From here on the device serves it."""
         self.rig.regs.set_queue(self.queue, SIZE, ring.desc, ring.avail, ring.used)
         assert self.rig.regs.enable(self.queue)
         self.rig.regs.status = 3 | FEATURES_OK | DRIVER_OK
-        return ring
+        self.rig.regs.notify(self.queue)
 
     def close(self) -> None:
         self.rig.close()
@@ -199,7 +201,7 @@ def check_alive(target: Target) -> None:
     ring.memory.write(BUFFERS, struct.pack("<IIQ", 0, 0, 3))
     readable = [] if isinstance(target.rig.device, Rng) else [(BUFFERS, 16)]
     head = ring.add(readable, [(BUFFERS + 512, 512), (BUFFERS + 2048, 1)])
-    target.rig.regs.notify(target.queue)
+    target.start(ring)
     assert not wait_for_answer(target, ring)
     expect = 0 if isinstance(target.rig.device, Console) else 513
     assert ring.reap() == [(head, expect)]
@@ -216,7 +218,7 @@ def check_alive(target: Target) -> None:
 def test_whatever_the_driver_offers(target: Target, case: dict[str, Any]) -> None:
     ring = build(target, case)
     chains, verdict = foresee(target, ring)
-    target.rig.regs.notify(target.queue)
+    target.start(ring)
     broken = wait_for_answer(target, ring)
     target.rig.regs.status = 0  # whatever is in flight ends here
     if verdict not in ("empty", "chain"):

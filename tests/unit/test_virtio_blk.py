@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -68,11 +69,11 @@ class Request:
     """One request whose writable buffers were filled with the canary beforehand."""
 
     def __init__(self, q: Queue, readable: list[bytes], writable: list[int], **kw: bool) -> None:
-        self.q = q
+        # Before it is offered: the device may come by without a kick.
+        room = sum(map(len, readable)) + sum(writable) + 32 * (len(readable) + len(writable) + 1)
+        q.memory.write(q.driver.next, bytes([CANARY]) * room)
         self.head = q.add(readable, writable, **kw)
         self.buffers = q.pending[self.head][1]
-        for addr, size in self.buffers:
-            q.memory.write(addr, bytes([CANARY]) * size)
         q.kick()
         head, self.length, self.data = q.wait()
         assert head == self.head
@@ -387,6 +388,23 @@ def test_one_interrupt_for_a_batch(rig: Rig) -> None:
     assert rig.irq.count == before + 1
 
 
+@pytest.mark.parametrize("wanted", [~0, ~EVENT_IDX])
+def test_an_idle_device_wants_to_be_kicked(make: MakeRig, wanted: int) -> None:
+    rig = make()
+    rig.driver.start(wanted=wanted)
+    q = rig.driver.queues[0]
+    for i in range(5):
+        assert read(q, i) == pattern(i)
+        if wanted & EVENT_IDX:
+            event = q.used + 4 + 8 * q.size
+            rig.until(
+                lambda event=event: q.memory.read_int(event, 2) == q.avail_idx,  # type: ignore[misc]
+                "avail_event",
+            )
+        else:
+            rig.until(lambda: q.memory.read_int(q.used, 2) == 0, "kicks to be on")
+
+
 def test_a_flood_of_kicks(rig: Rig) -> None:
     q = rig.driver.queues[0]
     for _ in range(100_000):
@@ -408,24 +426,31 @@ def test_never_more_than_once_per_head(rig: Rig) -> None:
     assert q.take() is None
 
 
-def test_reset_in_flight(rig: Rig, image: Path) -> None:
-    """After a reset nothing is written to guest memory, and sector 0 keeps its contents."""
+@pytest.mark.parametrize("direct", [False, True])
+def test_reset_in_flight(make: MakeRig, image: Path, direct: bool) -> None:
+    """After a reset nothing is written to guest memory, and sector 0 keeps its contents. Around
+    the page cache, requests take long enough to be in flight when the reset comes."""
+    rig = make(direct=direct)
     driver = rig.driver
+    driver.start()
     rings, buffers = 0x1_0000, 0x2_0000
-    for turn in range(100):
+    for turn in range(60):
         driver.next = buffers
         q = driver.queues[0]
         for i in range(40):
+            driver.next = (driver.next + 0x1FFF) // 0x1000 * 0x1000 - 16  # data on a page
             if turn & 1:
                 q.add([header(OUT, 50 + i), b"w" * 512], [1])
             else:
                 q.add([header(IN, i)], [4096, 1])
         q.kick()
+        time.sleep(0.0003 * (turn % 3))
         driver.reset()
         rig.memory.write(rings, bytes(buffers - rings))
         rig.memory.write(buffers, bytes([CANARY]) * (RAM - buffers))
         driver.next = rings
         driver.start()
+        time.sleep(0.001)
         rest = rig.memory.read(buffers, RAM - buffers)
         assert rest == bytes([CANARY]) * len(rest)
     assert read(driver.queues[0], 0) == pattern(0)
