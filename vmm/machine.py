@@ -162,11 +162,18 @@ class Machine:
             self._arch.build(board)
             image = self._arch.load(board) if self.config.kernel else None
             facts = self._arch.describe(board, image)
+            gsis = facts.pop("interrupts", {})
             facts["devices"] = [
-                {"name": d.name, "bus": bus.name, "base": base, "size": size}
+                {
+                    "name": d.name,
+                    "bus": bus.name,
+                    "base": base,
+                    "size": size,
+                    "interrupt": gsis.get(d.name),
+                }
                 for bus in (board.pio, board.mmio)
                 for base, size, d in bus.ranges()
-            ]
+            ] + facts.pop("pci", [])
             return facts
         finally:
             if board is not None:

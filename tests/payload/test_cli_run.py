@@ -149,7 +149,18 @@ def test_a_dry_run_needs_no_kvm(payload: Payload) -> None:
     assert any(device["name"] == "serial0" for device in facts["devices"])
     text = run(payload(EXIT, "--dry-run")).stdout.decode()
     assert "memory map" in text
-    assert "serial0" in text
+    assert "serial0  GSI 4\n" in text
+    assert "rng0  00:01.0  MSI-X or GSI" in text
+    text = run(payload(EXIT, "--dry-run", "--transport=mmio")).stdout.decode()
+    assert "rng0  GSI 5\n" in text
+
+
+def test_a_dry_run_touches_nothing(payload: Payload, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("precious")
+    done = run(payload(EXIT, "--dry-run", f"--serial={log}", "--console=pty"))
+    assert done.returncode == 0
+    assert log.read_text() == "precious"
 
 
 def test_a_configuration_file(payload: Payload, tmp_path: Path) -> None:

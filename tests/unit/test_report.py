@@ -39,7 +39,9 @@ def test_the_text_of_a_dry_run() -> None:
             {"base": 0x100000, "size": 0x1000, "type": "ram"},
             {"base": 0, "size": 0x1000, "type": "reserved"},
         ],
-        "devices": [{"name": "serial0", "bus": "pio", "base": 0x3F8, "size": 8, "irq": 4}],
+        "devices": [
+            {"name": "serial0", "bus": "pio", "base": 0x3F8, "size": 8, "interrupt": "GSI 4"}
+        ],
         "command_line": "console=ttyS0",
         "boot": ["entry 0x1000000"],
         "serial": "stdio",
@@ -53,7 +55,7 @@ def test_the_text_of_a_dry_run() -> None:
         "  0x000000000000-0x000000000fff  reserved",
         "  0x000000100000-0x000000100fff  ram",
         "devices",
-        "  pio  0x0000000003f8-0x0000000003ff  serial0  irq 4",
+        "  pio  0x0000000003f8-0x0000000003ff  serial0  GSI 4",
         "command line",
         "  console=ttyS0",
         "boot",

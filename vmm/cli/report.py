@@ -26,13 +26,20 @@ def dry_run(config: MachineConfig, accel: str, form: str) -> str:
         "serial": config.serial,
         "console": config.console,
         "disks": [str(disk) for disk in config.disks],
-        **Machine(config).describe(),
+        **Machine(_untouched(config)).describe(),
     }
     if form == "json":
         import json
 
         return json.dumps(facts, indent=2, default=str)
     return "\n".join(_text(facts))
+
+
+def _untouched(config: MachineConfig) -> MachineConfig:
+    """The same machine without what would be felt outside: no terminal, no files written, no
+    memory taken."""
+    consoles = {name: "buffer" for name in ("serial", "console") if getattr(config, name) != "none"}
+    return config.replace(**consoles, prefault=False, hugepages=False, memory_backing="auto")
 
 
 def _text(facts: dict[str, Any]) -> list[str]:
@@ -60,7 +67,7 @@ def _table(title: str, rows: list[dict[str, Any]], last: str) -> list[str]:
     lines = [title]
     for row in sorted(rows, key=lambda row: (str(row.get("bus", "")), row.get("base", 0))):
         rest = {k: v for k, v in row.items() if k not in ("base", "size", "bus", last)}
-        more = "".join(f"  {key} {value}" for key, value in rest.items() if value is not None)
+        more = "".join(f"  {value}" for value in rest.values() if value is not None)
         bus = f"{row['bus']:<5}" if "bus" in row else ""
         base, size = int(row.get("base", 0)), int(row.get("size", 0))
         where = f"{base:#014x}-{base + size - 1:#014x}  " if size else ""

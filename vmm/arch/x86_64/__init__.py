@@ -74,7 +74,9 @@ class X86_64:  # noqa: N801 - the architecture's own name
         config = board.config
         rsdp = None
         if config.acpi:
-            rsdp = acpi.build(platform.hardware(board, Topology(config.cpus).apic_ids()), board.memory)
+            rsdp = acpi.build(
+                platform.hardware(board, Topology(config.cpus).apic_ids()), board.memory
+            )
         assert config.kernel is not None
         return boot.load_kernel(
             board.memory,
@@ -113,6 +115,8 @@ class X86_64:  # noqa: N801 - the architecture's own name
             "memory": [{"base": b, "size": s, "type": names[t]} for b, s, t in table],
             "command_line": self.command_line(board.config),
             "boot": image.summary() if image is not None else [],
+            "pci": platform.pci_functions(board),
+            "interrupts": platform.interrupts(board),
         }
 
     def snapshot(self, vcpu: Vcpu, memory: GuestMemory) -> Any:

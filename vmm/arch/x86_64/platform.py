@@ -90,6 +90,45 @@ def hardware(board: Board, apic_ids: Sequence[int]) -> acpi.Hardware:
     )
 
 
+def interrupts(board: Board) -> dict[str, str]:
+    """What raises interrupts, by device name, and how. For --dry-run."""
+    wired = {"serial0": COM1_IRQ, "rtc": RTC_IRQ, "acpi-pm": SCI}
+    found = {d.name: f"GSI {wired[d.name]}" for d in board.devices if d.name in wired}
+    for base, _, device in board.mmio.ranges():
+        if layout.VIRTIO_MMIO <= base < layout.IOAPIC:
+            slot = (base - layout.VIRTIO_MMIO) // layout.VIRTIO_MMIO_STRIDE
+            found[device.name] = f"GSI {_mmio_gsi(slot)}"
+    return found
+
+
+def pci_functions(board: Board) -> list[dict[str, object]]:
+    """Every PCI function's memory, as it is before the guest moves it. For --dry-run."""
+    from vmm.devices.pci import BAR0
+    from vmm.devices.pci_host import PciHost
+
+    host = board.find(PciHost.name)
+    if not isinstance(host, PciHost):
+        return []
+    found: list[dict[str, object]] = []
+    for slot, function in host.devices.items():
+        gsi = PCI_GSIS[slot % len(PCI_GSIS)]
+        for bar in function.bars:
+            reg = BAR0 + 4 * bar.index
+            base = function.config_get(reg, 4) & ~0xF
+            base |= function.config_get(reg + 4, 4) << 32 if bar.wide else 0
+            found.append(
+                {
+                    "name": function.name,
+                    "bus": "pci",
+                    "base": base,
+                    "size": bar.size,
+                    "slot": f"00:{slot:02x}.0",
+                    "interrupt": f"MSI-X or GSI {gsi}",
+                }
+            )
+    return found
+
+
 def _ends(board: Board, reason: str, status: int = 0) -> Callable[[], None]:
     return lambda: board.on_end(reason, status)
 
@@ -118,9 +157,7 @@ def _serial(board: Board) -> None:
     board.consoles.append(port)
     irq = board.irqchip.line(COM1_IRQ)
     board.defer(irq.close)
-    board.pio.insert(
-        COM1, Serial.SIZE, board.add(Serial("serial0", port.stream, port.input, irq))
-    )
+    board.pio.insert(COM1, Serial.SIZE, board.add(Serial("serial0", port.stream, port.input, irq)))
 
 
 def _testdev(board: Board) -> None:
@@ -193,9 +230,7 @@ def _on_pci(board: Board, devices: list[VirtioDevice]) -> None:
     board.add(host)
     board.pio.insert(CONFIG_PORTS, CONFIG_PORTS_SIZE, host.ports)
     board.mmio.insert(layout.ECAM, ECAM_BUS, host.ecam)
-    any_length = board.vm is not None and bool(
-        board.vm.kvm.check("KVM_CAP_IOEVENTFD_ANY_LENGTH")
-    )
+    any_length = board.vm is not None and bool(board.vm.kvm.check("KVM_CAP_IOEVENTFD_ANY_LENGTH"))
     notifier = Notifier(board.vm, any_length=any_length)
     for device in devices:
         host.add(VirtioPci(device, board.memory, board.irqchip, notifier))
