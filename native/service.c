@@ -21,8 +21,14 @@ void vmm_service_notify(struct vmm_service *s)
 {
 	if (vmm_vq_should_notify(s->vq))
 		vmm_virtio_notify(s->virtio, s->index);
-	if (vmm_vq_broken(s->vq))
-		vmm_virtio_fail(s->virtio);
+	if (!vmm_vq_broken(s->vq) || s->failed)
+		return;
+	s->failed = true;
+	if (s->report) {
+		s->report->breaks++;
+		s->report->verdict = (uint32_t)vmm_vq_broken(s->vq);
+	}
+	vmm_virtio_fail(s->virtio);
 }
 
 void vmm_service_run(struct vmm_service *s)
@@ -71,6 +77,8 @@ int vmm_service_start(struct vmm_service *s, const struct vmm_service_config *co
 		return -errno;
 	s->virtio = config->virtio;
 	s->index = config->index;
+	s->report = config->report;
+	s->failed = false;
 	s->source.fd = config->kick_fd;
 	s->source.ready = ready;
 	rc = vmm_loop_add(s->loop, &s->source, EPOLLIN);

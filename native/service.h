@@ -7,13 +7,20 @@
 
 /* cdef: begin */
 
-/* What a device needs to begin on one queue. kick_fd is borrowed until the service stops. */
+/* How often the driver broke the queue, and the verdict it was broken with last. */
+struct vmm_service_report {
+	uint32_t breaks, verdict;
+};
+
+/* What a device needs to begin on one queue. kick_fd and report are borrowed until the service
+ * stops. */
 struct vmm_service_config {
 	struct vmm_vq_config vq;
 	const struct vmm_mem *mem;
 	struct vmm_virtio *virtio;
 	uint32_t index;
 	int kick_fd;
+	struct vmm_service_report *report; /* or NULL */
 };
 
 /* cdef: end */
@@ -28,6 +35,8 @@ struct vmm_service {
 	struct vmm_virtio *virtio;
 	struct vmm_vq *vq; /* NULL while stopped */
 	uint32_t index;
+	struct vmm_service_report *report;
+	bool failed; /* the driver was told that the queue is broken */
 	/* Takes one chain: what vmm_vq_pop() said, or VMM_SERVICE_WAIT without having tried:
 	 * the device has no room (or nothing to give) and calls vmm_service_run() once it has. */
 	int (*serve)(struct vmm_service *s);

@@ -245,6 +245,8 @@ def test_no_header_or_no_status_needs_a_reset(
     q.kick()
     rig.until_broken()
     assert q.take() is None
+    (said,) = rig.device.faults()
+    assert said.startswith("disk0: the driver broke queue 0 1 times, last: a chain that lacks")
     # After the reset everything works again.
     rig.driver.reset()
     assert not rig.broken
@@ -375,6 +377,7 @@ def test_many_requests_at_once(make: MakeRig, wanted: int) -> None:
 def test_one_interrupt_for_a_batch(rig: Rig) -> None:
     q = rig.driver.queues[0]
     read(q, 0)
+    assert rig.device.faults() == []
     rig.regs.interrupts()  # a level stays until then
     before = rig.irq.count
     for i in range(64):

@@ -50,6 +50,7 @@ class VirtioDevice(Device):
         self.activations = 0
         self._memory: GuestMemory | None = None
         self._active = False
+        self._reports = [ffi.new("struct vmm_service_report *") for _ in self.QUEUE_SIZES]
         self._kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in self.QUEUE_SIZES]
 
     # ---- what a device fills in ----------------------------------------------------------------
@@ -102,6 +103,7 @@ class VirtioDevice(Device):
             config.virtio = irqs.native
             config.index = index
             config.kick_fd = self._kicks[index]
+            config.report = self._reports[index]
             if self.start_queue(index, config):
                 irqs.fail()
 
@@ -122,6 +124,19 @@ class VirtioDevice(Device):
         for fd in self._kicks:
             os.close(fd)
         self._kicks = []
+
+    def faults(self) -> list[str]:
+        """What the driver did so far that a device cannot go on from: a sentence per queue."""
+        said = []
+        for index, report in enumerate(self._reports):
+            if report.breaks:
+                from vmm.devices.virtio.queue import VERDICTS
+
+                what = list(VERDICTS.values())[report.verdict]
+                said.append(
+                    f"{self.name}: the driver broke queue {index} {report.breaks} times, last: {what}"
+                )
+        return said
 
     def unclaimed(self) -> str | None:
         if self.activations:
