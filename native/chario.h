@@ -63,7 +63,8 @@ int vmm_input_source(struct vmm_input *in, struct vmm_loop *loop, int fd, int es
 		     int eventfd);
 /* Returns once the I/O thread is done with it. */
 void vmm_input_unsource(struct vmm_input *in);
-/* Makes the source look again: after being moved to the terminal's foreground. */
+/* Makes the source look again: after being moved to the terminal's foreground. Not while another
+ * thread sets or takes the source away. */
 void vmm_input_kick(struct vmm_input *in);
 /* VMM_INPUT_* bits since the last call. */
 uint32_t vmm_input_events(struct vmm_input *in);
@@ -79,6 +80,17 @@ void vmm_input_unlisten(struct vmm_input *in, struct vmm_listener *l);
 void vmm_input_unpull(struct vmm_input *in, const uint8_t *data, uint32_t len);
 /* True once for each vmm_input_break. */
 bool vmm_input_take_break(struct vmm_input *in);
+
+/* Writes the eventfd once when half of the FIFO is free; -1 forgets it. */
+void vmm_input_want_room(struct vmm_input *in, int eventfd);
+void vmm_input_raise(struct vmm_input *in, uint32_t bit, int eventfd);
+
+/* The source of an input: native/feed.c. */
+struct vmm_feed;
+int vmm_feed_create(struct vmm_feed **feed, struct vmm_input *in, struct vmm_loop *loop, int fd,
+		    int escapes, int eventfd);
+void vmm_feed_destroy(struct vmm_feed *f);
+void vmm_feed_kick(struct vmm_feed *f);
 
 /* How a descriptor that may be shared with other processes is used without ever blocking. */
 enum vmm_chan {
