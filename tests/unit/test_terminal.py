@@ -27,6 +27,8 @@ print("raw", flush=True)
 {end}
 """
 
+FOREVER = "import time\nwhile True: time.sleep(0.05)"
+
 
 @pytest.fixture
 def ends() -> Iterator[tuple[int, int]]:
@@ -48,8 +50,8 @@ def is_raw(fd: int) -> bool:
         ("raise RuntimeError", 1),
         ("sys.exit(3)", 3),
         ("with term: raise SystemExit(4)", 4),
-        ("input()", -signal.SIGTERM),
-        ("input()", -signal.SIGHUP),
+        (FOREVER, -signal.SIGTERM),
+        (FOREVER, -signal.SIGHUP),
     ],
 )
 def test_always_restored(ends: tuple[int, int], end: str, status: int) -> None:
