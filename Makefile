@@ -12,8 +12,10 @@ BUILD       := build
 ARGS        ?=
 
 # Debian packages: to build, and for the emulated host that offers a /dev/kvm where this one
-# cannot boot Linux. Kernels and root file systems are fetched without root (see guests/fetch.py).
-DEBS := gcc make libc6-dev python3-venv python3-dev qemu-system-x86 e2fsprogs
+# cannot boot Linux; the rest makes and checks what tests boot. Kernels come without root
+# (guests/fetch.py).
+DEBS := gcc make libc6-dev python3-venv python3-dev qemu-system-x86 e2fsprogs mmdebstrap genext2fs \
+        fakeroot fakechroot acpica-tools
 
 NATIVE_SRC := $(wildcard native/*.c native/*.h native/*.cdef) native/build.py
 

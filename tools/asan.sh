@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The tests that drive the C core, under AddressSanitizer and UndefinedBehaviorSanitizer.
+# Built in a copy below build/, so that the ordinary build stays as it is.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$(realpath -s "${PYTHON_BIN:-.venv/bin/python}")
+copy=build/asan
+rm -rf "$copy"
+mkdir -p "$copy/build"
+git ls-files -z --cached --others --exclude-standard | tar -c --null -T - | tar -x -C "$copy"
+[ -d build/guests ] && cp -r build/guests "$copy/build/"
+cd "$copy"
+echo "asan: building"
+VMM_SANITIZE=1 "$python" native/build.py >build/native.log 2>&1 || { cat build/native.log; exit 1; }
+tests=("$@")
+[ ${#tests[@]} -gt 0 ] || tests=(tests/unit tests/property tests/payload)
+# Leaks are for LeakSanitizer in C programs; CPython keeps much on purpose. Guest RAM is mapped
+# lazily, so its size must not count.
+export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
+export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:halt_on_error=1:allocator_may_return_null=1
+export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+exec "$python" -m pytest -q -p no:cacheprovider --timeout=600 "${tests[@]}"
