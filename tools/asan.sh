@@ -22,4 +22,4 @@ export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=lib
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:halt_on_error=1:allocator_may_return_null=1
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 exec "$python" -m pytest -q -p no:cacheprovider --timeout=600 \
-  --ignore=tests/unit/test_diagnose.py "${tests[@]}"
+  --ignore=tests/unit/test_diagnose.py --ignore=tests/payload/test_cli_run.py "${tests[@]}"

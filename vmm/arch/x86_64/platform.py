@@ -57,6 +57,10 @@ def command_line(config: MachineConfig) -> str:
             words.append("console=ttyS0")
         if config.console != "none":
             words.append("console=hvc0")
+        # Nothing is looked for that is not there.
+        words.append("8250.nr_uarts=1")
+        if config.transport == "mmio":
+            words.append("pci=off")
         # A panic ends the run at once, and a reboot takes the shortest way.
         words += ["panic=-1", "reboot=acpi" if config.acpi else "reboot=k"]
     return " ".join([*words, config.command_line]).strip()
