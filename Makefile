@@ -55,6 +55,7 @@ $(BUILD)/venv.stamp: pyproject.toml | packages
 $(BUILD)/native.stamp: $(NATIVE_SRC) $(BUILD)/venv.stamp
 	@echo "vmm: building the C core"
 	@$(PY) native/build.py >$(BUILD)/native.log 2>&1 || { cat $(BUILD)/native.log; exit 1; }
+	@$(PY) -m compileall -q vmm guests tests bench
 	@touch $@
 
 setup: $(BUILD)/native.stamp guests ## packages, virtual environment, C core, payload guests
@@ -68,12 +69,12 @@ guests: $(BUILD)/native.stamp ## build the payload guests and the guest's init
 run: setup ## boot Debian's stock cloud kernel and show it working
 	@$(PY) -m guests.fetch cloud-amd64 amd64 busybox
 	@$(BIN)/vmm run --kernel $$($(PY) -m guests.fetch --print-kernel cloud-amd64) \
-	  --initrd $$($(PY) -m guests.initramfs hello) $(ARGS)
+	  --initrd $$($(PY) -m guests.initramfs hello) --append quiet --timeout 10m $(ARGS)
 
 shell: setup ## the same kernel with an interactive shell
 	@$(PY) -m guests.fetch cloud-amd64 amd64 busybox
 	@$(BIN)/vmm run --kernel $$($(PY) -m guests.fetch --print-kernel cloud-amd64) \
-	  --initrd $$($(PY) -m guests.initramfs shell) $(ARGS)
+	  --initrd $$($(PY) -m guests.initramfs shell) --append quiet $(ARGS)
 
 # ---- check ----------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 #: An emulated host on a loaded machine is slow; a quiet one takes 2 to 4 s a boot.
-BOOT_TIMEOUT = 90.0
+BOOT_TIMEOUT = 180.0
 
 
 def can_boot_linux() -> bool:

@@ -46,6 +46,13 @@ class Booted:
         return f"{r.reason} {r.status}: {r.message}\n{r.diagnosis}\n---- console\n{r.console}"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A boot has its own deadline; a test of some boots gets more than an ordinary test."""
+    for item in items:
+        if "boot" in item.path.parts and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(2 * BOOT_TIMEOUT))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _linux() -> None:
     if not can_boot_linux():

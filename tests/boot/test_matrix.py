@@ -34,7 +34,7 @@ def test_boots(boot: Boot, protocol: str, cpus: int, memory: int, transport: str
     assert booted.value("clock") == "kvm-clock"
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_fifty_in_a_row(boot: Boot) -> None:
     for turn in range(50):
         booted = boot("echo turn", memory="128M")
