@@ -40,8 +40,9 @@ enum { MSR_DCTS = 1, MSR_DDSR = 2, MSR_TERI = 4, MSR_DDCD = 8, MSR_DELTAS = 0x0f
 enum { MSR_CTS = 0x10, MSR_DSR = 0x20, MSR_RI = 0x40, MSR_DCD = 0x80 };
 
 #define DEPTH 16
-/* So many looks at LSR in a row with nothing else to learn from it: the guest polls for input. */
-#define POLLING 2
+/* So many looks at LSR in a row with nothing else to learn from it: the guest polls for input.
+ * A driver that starts up looks twice or thrice, and reads RBR unasked after that. */
+#define POLLING 16
 
 /* Among a character's LSR error bits: it came from the far end. */
 #define FROM_LINE 0x01

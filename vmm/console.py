@@ -25,6 +25,7 @@ _SLICE_MS = 100
 _GATHER_S = 0.002
 #: How much of the console an error message carries.
 _TAIL = 4096
+_TAIL_LINES = 20
 
 
 class Console:
@@ -87,10 +88,11 @@ class Console:
             n = self._input.push(rest)
             rest = rest[n:]
             if rest and not self._input.wait(_slice_ms(deadline)) and _late(deadline):
-                raise GuestTimeout(
-                    f"the guest does not read its console: {len(rest)} bytes were not taken "
-                    f"within {timeout:g} s",
-                    console=self.tail(),
+                raise self._with_tail(
+                    GuestTimeout(
+                        f"the guest does not read its console: {len(rest)} bytes were not taken "
+                        f"within {timeout:g} s"
+                    )
                 )
 
     def send_break(self) -> None:
@@ -140,11 +142,10 @@ class Console:
                 self._at = start + end
                 return result
             if error is not None:
-                raise self._with_tail(error, pattern)
+                raise self._with_tail(error, f"while waiting for {_name(pattern)} on the console")
             if _late(deadline):
-                raise GuestTimeout(
-                    f"the guest did not print {_name(pattern)} within {timeout:g} s",
-                    console=self.tail(),
+                raise self._with_tail(
+                    GuestTimeout(f"the guest did not print {_name(pattern)} within {timeout:g} s")
                 )
             # A long buffer takes long to search: do not do it for each byte.
             pause = max(_GATHER_S, min(0.1, 4 * (monotonic() - began)))
@@ -162,13 +163,15 @@ class Console:
     def _raise_if_ended(self) -> None:
         error = self._ending()
         if error is not None:
-            raise self._with_tail(error, None)
+            raise self._with_tail(error)
 
-    def _with_tail(self, error: BaseException, pattern: Any) -> BaseException:
+    def _with_tail(self, error: BaseException, *notes: str) -> BaseException:
+        """The error with the console's tail, which a traceback shows the end of."""
         if getattr(error, "console", None) == "":
             error.console = self.tail()  # type: ignore[attr-defined]
-        if pattern is not None:
-            error.add_note(f"while waiting for {_name(pattern)} on the console")
+        lines = self.tail().splitlines()[-_TAIL_LINES:]
+        for note in (*notes, *(["the console's last lines:", *lines] if lines else [])):
+            error.add_note(note)
         return error
 
 
