@@ -11,11 +11,13 @@ import os
 import threading
 import time
 
+from vmm import ending
 from vmm._native import ffi, lib
 from vmm.arch.base import native_arch
 from vmm.board import Board
 from vmm.bus import Bus
 from vmm.config import MachineConfig
+from vmm.ending import End
 from vmm.errors import GuestLost, HostError, VmmError
 from vmm.irq import IrqChip
 from vmm.kvm import Kvm, Vm
@@ -35,22 +37,7 @@ if TYPE_CHECKING:
 PAUSE_TIMEOUT_MS = 10_000
 #: After a kernel said it panics, how long it may go on printing why.
 PANIC_GRACE_S = 3.0
-#: How much of the console a result carries.
-CONSOLE_TAIL = 16 * 1024
 PANIC_TEXT = (b"Kernel panic - not syncing",)
-
-
-class _End:
-    """How a run ended; the first reason given stands."""
-
-    __slots__ = ("event", "message", "reason", "status", "vcpu")
-
-    def __init__(self, reason: str, status: int, message: str, vcpu: int = 0, event: Any = None):
-        self.reason = reason
-        self.status = status
-        self.message = message
-        self.vcpu = vcpu
-        self.event = event
 
 
 class Machine:
@@ -71,7 +58,7 @@ class Machine:
         self._lock = threading.Lock()
         #: Devices answered in Python see one access at a time.
         self._device_lock = threading.RLock()
-        self._end: _End | None = None
+        self._end: End | None = None
         self._error: BaseException | None = None
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._kvm: Kvm | None = None
@@ -86,6 +73,8 @@ class Machine:
         self._result: RunResult | None = None
         self._started_at = 0.0
         self._panic_seen = 0.0
+        #: Where the vCPUs were when the deadline passed.
+        self._late_diagnosis = ""
         self._closed = False
 
     # ---- building -------------------------------------------------------------------------
@@ -193,31 +182,8 @@ class Machine:
                 else:
                     event.data = bus.read(event.addr, event.size)
             return True
-        self._end_by_event(index, event)
+        self._finish(ending.by_event(index, event))
         return False
-
-    def _end_by_event(self, index: int, event: Any) -> None:
-        names = {
-            lib.VMM_EV_HLT: "halted with no interrupt that could wake it",
-            lib.VMM_EV_SHUTDOWN: "triple-faulted",
-            lib.VMM_EV_INTERNAL: "did what this host's KVM cannot run",
-            lib.VMM_EV_FAIL_ENTRY: "could not be entered (bad CPU state)",
-            lib.VMM_EV_DEBUG: "raised a debug exit nobody asked for",
-            lib.VMM_EV_ERROR: "could not be run",
-        }
-        if event.kind == lib.VMM_EV_SYSTEM:
-            reasons = {
-                lib.KVM_SYSTEM_EVENT_SHUTDOWN: "poweroff",
-                lib.KVM_SYSTEM_EVENT_RESET: "reset",
-            }
-            reason = reasons.get(event.extra[0], "panic")
-            self._finish(reason, 255 if reason == "panic" else 0, "")
-            return
-        text = names.get(
-            event.kind, f"left KVM for reason {event.extra[0]}, which vmm does not know"
-        )
-        copy = ffi.new("struct vmm_event *", event[0])
-        self._finish("lost", 255, f"The guest's vCPU {index} {text}.", index, copy)
 
     def _on_error(self, error: BaseException) -> None:
         with self._lock:
@@ -232,20 +198,12 @@ class Machine:
 
     def _guest_end(self, reason: str, status: int) -> None:
         """A device says the guest asked to end: board.on_end."""
-        messages = {
-            "poweroff": "The guest powered off.",
-            "reset": "The guest asked for a reset; vmm ends instead of rebooting.",
-            "panic": "The guest's kernel reported a panic.",
-            "debug-exit": f"The guest wrote the exit status {status} to its debug port.",
-        }
-        self._finish(reason, status, messages.get(reason, reason))
+        self._finish(ending.by_device(reason, status))
 
-    def _finish(
-        self, reason: str, status: int, message: str, vcpu: int = 0, event: Any = None
-    ) -> None:
+    def _finish(self, end: End) -> None:
         with self._lock:
             if self._end is None:
-                self._end = _End(reason, status, message, vcpu, event)
+                self._end = end
         self._halt()
 
     def _halt(self) -> None:
@@ -309,7 +267,7 @@ class Machine:
             self._panic_seen = time.monotonic()
         late = self._panic_deadline()
         if late is not None and time.monotonic() >= late:
-            self._finish("panic", 255, "The guest's kernel panicked.")
+            self._finish(End("panic", 255, ending.PANICKED))
 
     def _panicked(self) -> bool:
         return any(c.matched for c in self._consoles())
@@ -326,9 +284,7 @@ class Machine:
         except VmmError as e:
             diagnosis = f"(no registers: {e})"
         self._late_diagnosis = diagnosis
-        self._finish("timeout", 124, f"The guest had not ended after {timeout:g} s.")
-
-    _late_diagnosis = ""
+        self._finish(End("timeout", 124, f"The guest had not ended after {timeout:g} s."))
 
     def _join(self) -> None:
         for cpu in self._vcpus:
@@ -338,29 +294,18 @@ class Machine:
             lib.vmm_vm_stop(self._native)
 
     def _make_result(self) -> RunResult:
-        end = self._end or _End("stopped", 0, "The machine was stopped.")
+        end = self._end or End("stopped", 0, "The machine was stopped.")
         if end.reason in ("reset", "lost", "stopped") and self._panicked():
-            end.reason, end.status = "panic", 255
-        if end.reason == "panic":
-            end.message = "The guest's kernel panicked."
-        diagnosis = self._late_diagnosis
-        if end.event is not None:
-            diagnosis = self._diagnose(end)
-        first = lib.vmm_vm_first_run_ns(self._native) / 1e9
-        consoles = self._consoles()
-        for port in consoles:
-            port.finish()
-        return RunResult(
-            status=end.status,
-            reason=end.reason,
-            console=consoles[-1].console.tail(CONSOLE_TAIL) if consoles else "",
-            duration_s=time.monotonic() - self._started_at,
-            message=end.message,
-            diagnosis=diagnosis,
-            clocks={"start_to_first_run_s": first - self._started_at} if first else {},
+            end = End("panic", 255, ending.PANICKED)
+        return ending.result(
+            end,
+            self._consoles(),
+            self._diagnose(end) if end.event is not None else self._late_diagnosis,
+            self._started_at,
+            int(lib.vmm_vm_first_run_ns(self._native)),
         )
 
-    def _diagnose(self, end: _End | None) -> str:
+    def _diagnose(self, end: End | None) -> str:
         from vmm.diagnose import diagnose
 
         assert self._memory is not None
@@ -383,7 +328,7 @@ class Machine:
 
     def stop(self) -> None:
         """End the guest now, from any thread, more than once. ``wait`` then returns."""
-        self._finish("stopped", 0, "The machine was stopped.")
+        self._finish(End("stopped", 0, "The machine was stopped."))
 
     def pause(self) -> None:
         """Hold every vCPU outside the guest; nests. Raises HostError if one does not come."""

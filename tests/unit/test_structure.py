@@ -16,7 +16,7 @@ ROOMS = [
     {"errors", "host", "_native", "values"},
     {"memory", "kvm", "bus", "irq", "device", "settings", "config", "result"},
     {"chario", "console", "terminal", "oops", "diagnose"},
-    {"chardev", "board", "vcpus"},
+    {"chardev", "board", "vcpus", "ending"},
     {"devices", "arch"},
     {"machine"},
     {"nested"},
