@@ -34,9 +34,11 @@ if TYPE_CHECKING:
 
         def ram_ranges(self, size: int) -> list[tuple[int, int]]:
             """Where ``size`` bytes of RAM lie: (gpa, size) each. Raises ConfigError."""
+            ...
 
         def create_chips(self, vm: Vm) -> IrqChip:
             """The in-kernel interrupt chips and timers; before any vCPU."""
+            ...
 
         def build(self, board: Board) -> None:
             """Put the platform's and the configured devices on the board."""
@@ -44,21 +46,26 @@ if TYPE_CHECKING:
         def load(self, board: Board) -> BootImage:
             """Kernel, initrd, command line and hardware description into RAM. What it gives goes
             back into ``setup_vcpu`` and ``describe``."""
+            ...
 
         def vcpu_plan(self, kvm: Kvm, config: MachineConfig) -> Any:
             """What all vCPUs share (CPU features, …), worked out once."""
+            ...
 
         def setup_vcpu(self, vcpu: Vcpu, plan: Any, image: Any) -> None:
             """Registers of one vCPU before its first instruction."""
 
         def command_line(self, config: MachineConfig) -> str:
             """The guest's whole command line."""
+            ...
 
         def describe(self, board: Board, image: Any) -> dict[str, Any]:
             """Memory map and platform facts for --dry-run, JSON-ready."""
+            ...
 
         def snapshot(self, vcpu: Vcpu, memory: GuestMemory) -> Any:
             """One vCPU's state for diagnosis (vmm.diagnose.VcpuSnapshot)."""
+            ...
 
 
 def native_arch() -> Arch:
