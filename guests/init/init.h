@@ -24,11 +24,28 @@ struct session {
 	const char *stdio[3];
 	unsigned rows, cols;
 	bool tty_cooked; /* the far terminal does its own output processing */
-	const char *port_prefix;
 };
 
 /* Says why on the console and on the control port, then ends the machine. */
 _Noreturn void die(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+
+/* A number in a plan; does not return when it is none. */
+unsigned long number(const char *text, int base);
+
+/* One action of a plan each: the record's arguments and their count; see actions.c. */
+void do_note(char **arg, size_t count);
+void do_module(char **arg, size_t count);
+void do_mount(char **arg, size_t count);
+void do_mkdir(char **arg, size_t count);
+void do_symlink(char **arg, size_t count);
+void do_chmod(char **arg, size_t count);
+void do_write(char **arg, size_t count);
+void do_require(char **arg, size_t count);
+void do_root(char **arg, size_t count);
+void do_hostname(char **arg, size_t count);
+void do_loopback(char **arg, size_t count);
+void do_clock(char **arg, size_t count);
+void do_entropy(char **arg, size_t count);
 
 /* The control port, or -1 as long as there is none. */
 extern int ctl_fd;
@@ -44,8 +61,11 @@ int port_open(const char *prefix, const char *name);
  */
 _Noreturn void child_main(const struct session *s, const int fds[3], int tty, int report);
 
-/* Opens the ports named <port_prefix>ctl, in, out, err and tty, those the session needs. */
-void session_open(struct session *s);
+/* The plan that the host sends over the control port; as long as it takes, and never freed. */
+char *ctl_read_plan(size_t *size);
+
+/* Opens the ports PREFIXctl and PREFIX with each of these names: in, out, err, tty. */
+void session_open(const char *prefix, char **names, size_t count);
 
 /* Starts the command, carries its streams, and reports its end on the control port. */
 void session_run(struct session *s);

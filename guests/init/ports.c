@@ -8,6 +8,7 @@
 #include <poll.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -87,4 +88,42 @@ int port_open(const char *prefix, const char *name)
 		poll(NULL, 0, 1);
 	}
 	die("the virtio-serial port %s did not appear", full);
+}
+
+/* Reads exactly `size` bytes from the control port, waiting as long as the host is there. */
+static void ctl_read(char *buf, size_t size)
+{
+	struct pollfd p = { .fd = ctl_fd, .events = POLLIN };
+
+	while (size > 0) {
+		ssize_t got = read(ctl_fd, buf, size);
+
+		if (got > 0) {
+			buf += got;
+			size -= got;
+			continue;
+		}
+		poll(&p, 1, -1);
+		if ((p.revents & POLLHUP) && !(p.revents & POLLIN))
+			die("the host closed the control port");
+	}
+}
+
+char *ctl_read_plan(size_t *size)
+{
+	char line[64];
+	size_t len = 0;
+	char *plan;
+
+	do {
+		ctl_read(line + len, 1);
+	} while (line[len++] != '\n' && len < sizeof(line));
+	if (sscanf(line, "plan %zu", size) != 1)
+		die("the host sent no plan");
+	plan = malloc(*size + 1);
+	if (!plan)
+		die("out of memory");
+	ctl_read(plan, *size);
+	plan[*size] = '\0';
+	return plan;
 }

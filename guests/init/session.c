@@ -2,9 +2,9 @@
  * The session: one command, its streams carried over virtio-serial ports, its end reported.
  *
  * The control port speaks lines. To the host: "started", "exit STATUS OUT ERR TTY" (the bytes sent
- * on each port, so that the host knows when it has them all), "input-closed", "fail TEXT".
- * From the host: "eof COUNT" (stdin ends after COUNT bytes), "winch ROWS COLUMNS", "signal N",
- * "close out|err" (nobody reads that stream any more).
+ * on each port, so that the host knows when it has them all), "input-closed", "fail TEXT", "ready"
+ * (for "plan SIZE" and the plan itself). From the host: "eof COUNT" (stdin ends after COUNT bytes),
+ * "winch ROWS COLUMNS", "signal N", "close out|err" (nobody reads that stream any more).
  */
 #define _GNU_SOURCE
 #include "init.h"
@@ -53,17 +53,15 @@ static bool wants_tty(const struct session *s)
 	return stdio_is(s, 0, "tty") || stdio_is(s, 1, "tty") || stdio_is(s, 2, "tty");
 }
 
-void session_open(struct session *s)
+void session_open(const char *prefix, char **names, size_t count)
 {
-	ctl_fd = port_open(s->port_prefix, "ctl");
-	if (!stdio_is(s, 0, "null"))
-		port_fd[STREAM_IN] = port_open(s->port_prefix, "in");
-	if (stdio_is(s, 1, "port"))
-		port_fd[STREAM_OUT] = port_open(s->port_prefix, "out");
-	if (stdio_is(s, 2, "port"))
-		port_fd[STREAM_ERR] = port_open(s->port_prefix, "err");
-	if (wants_tty(s))
-		port_fd[STREAM_TTY] = port_open(s->port_prefix, "tty");
+	static const char *const known[STREAM_COUNT] = { "in", "out", "err", "tty" };
+
+	ctl_fd = port_open(prefix, "ctl");
+	for (size_t i = 0; i < count; i++)
+		for (int nr = 0; nr < STREAM_COUNT; nr++)
+			if (strcmp(names[i], known[nr]) == 0)
+				port_fd[nr] = port_open(prefix, names[i]);
 }
 
 /* One stream of the child by pipe: fds[i] is the child's end, the other end is returned. */
@@ -115,7 +113,11 @@ static void session_spawn(const struct session *s)
 
 	for (int i = 0; i < STREAM_COUNT; i++)
 		channels[i].from = channels[i].to = -1;
+	if (slave >= 0 && port_fd[STREAM_TTY] < 0)
+		die("the plan has a terminal and no port for it");
 	for (int i = 0; i < 3; i++) {
+		if (stdio_is(s, i, "port") && port_fd[i] < 0)
+			die("the plan has no port for stream %d", i);
 		if (stdio_is(s, i, "tty"))
 			fds[i] = slave;
 		else if (stdio_is(s, i, "stdout"))

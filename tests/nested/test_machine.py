@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import count_boot
 from tests.nested.conftest import DEADLINE, ROOT, command, environment, nested
-from vmm.nested.appliance import NEEDED, find_parts
+from vmm.nested.machine import NEEDED, find_parts
 from vmm.nested.modules import ModuleTree
 
 pytestmark = pytest.mark.timeout(DEADLINE + 20)

@@ -20,6 +20,7 @@ from vmm.nested import Options, appliance
 from vmm.nested.cpio import S_IFCHR, CpioWriter
 from vmm.nested.initbin import init_path
 from vmm.nested.kernels import fetch_debian_kernel, find_kernel, version_key
+from vmm.nested.machine import find_parts
 from vmm.nested.modules import ModuleTree, dependencies, module_name, read_module
 from vmm.nested.plan import VERBS, Plan, decode
 from vmm.nested.qemu import Qemu, Share
@@ -385,7 +386,7 @@ def test_commas_in_names_reach_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_qemu_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/no/where")
     with pytest.raises(HostError, match=r"install qemu-system-x86 \(Debian\)"):
-        appliance.find_parts(None)
+        find_parts(None)
 
 
 @pytest.mark.parametrize(

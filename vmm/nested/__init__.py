@@ -60,7 +60,7 @@ def run(argv: list[str], options: Options | None = None) -> int:
 def usable_hint() -> str | None:
     """None when a nested machine can be started here; else one sentence on what is missing."""
     from vmm.errors import HostError
-    from vmm.nested.appliance import find_parts
+    from vmm.nested.machine import find_parts
 
     try:
         find_parts(None)

@@ -1,18 +1,17 @@
-"""Puts a nested machine together: the plan for its /init, QEMU's command line, and the run."""
+"""One command in a nested machine: what it needs from the caller, and the plan for /init."""
 
 from __future__ import annotations
 
 import os
 import resource
 import stat
+import time
 
 from vmm.errors import ConfigError, HostError
-from vmm.nested.image import unpacked_kernel
-from vmm.nested.initramfs import Initramfs
-from vmm.nested.kernels import KernelTree, cache_dir, find_kernel
+from vmm.nested.machine import Machine
 from vmm.nested.plan import Plan
-from vmm.nested.pump import Pump, Signals, print_tail
-from vmm.nested.qemu import KERNEL_ARGS, Qemu, Share, find_qemu
+from vmm.nested.pump import Finished, Pump, Signals, print_tail
+from vmm.nested.qemu import Qemu, Share
 from vmm.nested.streams import Input, Output
 from vmm.nested.terminal import Terminal
 
@@ -23,83 +22,54 @@ if TYPE_CHECKING:
 #: Set inside a nested machine, so that nobody nests again by mistake.
 MARK = "VMM_NESTED"
 
-_PORTS = "org.vmm."
-_PORT_MODULES = ["virtio_pci", "virtio_console"]
-_SHARE_MODULES = ["9pnet_virtio", "9p", "overlay"]
-_KVM_MODULES = ["kvm-amd"]
-#: Modules without which there is no nested machine.
-NEEDED = [*_PORT_MODULES, *_SHARE_MODULES, *_KVM_MODULES]
-# For the devices of machines inside; each is left out where the kernel has none.
-_OPTIONAL = ["tun", "vhost_net", "vhost_vsock"]
+# Devices that anybody may use inside, as the machine belongs to whoever started it.
 _OPENED = ("kvm", "net/tun", "vhost-net", "vhost-vsock")
 
 _MIB = 1 << 20
 _MAX_MEMORY = 4096 * _MIB
 _MIN_MEMORY = 256 * _MIB
+_GRAIN = 64 * _MIB  # a host's memory varies a little from start to start; snapshots should not
 _MSIZE = 512000  # the most the kernel's 9p over virtio takes in one request
-
-
-def find_parts(kernel: str | None) -> KernelTree:
-    """Check that all a nested machine needs is here. HostError names what is missing."""
-    if os.uname().machine != "x86_64":
-        raise HostError(f"The nested machine needs an x86-64 host, this is {os.uname().machine}")
-    find_qemu()
-    return find_kernel(NEEDED, kernel)
 
 
 def run_command(argv: list[str], options: Options) -> int:
     """See ``vmm.nested.run``."""
     if not argv:
         raise ConfigError("There is no command to run in the nested machine")
+    limit = None if options.timeout is None else time.monotonic() + options.timeout
     shares = _shares(options.rw)
     environment = _environment(options.env)
-    memory, cpus = _size(options)
-    kernel = find_parts(options.kernel)
+    machine = Machine(options.kernel, *_size(options), shares, options.verbose)
     _fill_closed_streams()
-    modules = [*NEEDED, *(name for name in _OPTIONAL if _has(kernel, name))]
-    initramfs = Initramfs(kernel, modules, os.path.join(cache_dir(), "nested"))
     terminal = Terminal()
     stdio = _stdio(terminal)
-    plan = _plan(initramfs, modules, shares, terminal, stdio)
+    plan = _plan(shares, terminal, stdio)
     plan.add("argv", *argv)
     plan.add("env", *(f"{key}={value}" for key, value in environment.items()))
     plan.add("run")
-    append = KERNEL_ARGS if options.verbose else f"{KERNEL_ARGS} quiet"
-    image = unpacked_kernel(kernel.image) or kernel.image
-    qemu = Qemu(image, memory=memory, cpus=cpus, append=append)
     stdin = Input(0) if stdio[0] != "null" else None
     outputs = _outputs(terminal, stdio)
+    pumps: list[Pump] = []
     with Signals() as signals:
+
+        def pump(qemu: Qemu) -> Pump:
+            made = Pump(qemu, plan, signals, terminal, stdin, outputs, limit, options.verbose)
+            pumps.append(made)
+            return made
+
         try:
-            qemu.add_initrd(initramfs.with_plan(plan))
-            for name in ("ctl", *(("in",) if stdin else ()), *outputs):
-                qemu.add_port(_PORTS, name)
-            for share in shares:
-                qemu.add_share(share)
-            pump = Pump(qemu, signals, terminal, stdin, outputs, options.timeout, options.verbose)
-            qemu.start()
-            return _pumped(pump, terminal, options.verbose)
+            return machine.run(pump, keep=not options.verbose)
+        except Finished as end:
+            return end.status
+        except HostError:
+            terminal.restore()
+            if pumps and not options.verbose:
+                print_tail(pumps[-1].log)
+            raise
         finally:
-            qemu.close()
             terminal.restore()
             for output in outputs.values():
                 output.close()
-
-
-def _pumped(pump: Pump, terminal: Terminal, verbose: bool) -> int:
-    try:
-        return pump.run()
-    except HostError:
-        terminal.restore()
-        if not verbose:
-            print_tail(pump.log)
-        raise
-
-
-def _has(kernel: KernelTree, name: str) -> bool:
-    from vmm.nested.modules import ModuleTree
-
-    return ModuleTree(kernel.modules_dir).has(name)
 
 
 def _shares(rw: list[str]) -> list[Share]:
@@ -129,7 +99,8 @@ def _environment(settings: list[str]) -> dict[str, str]:
 
 def _size(options: Options) -> tuple[int, int]:
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    memory = options.memory if options.memory is not None else min(_MAX_MEMORY, host // 2)
+    default = min(_MAX_MEMORY, host // 2) // _GRAIN * _GRAIN
+    memory = options.memory if options.memory is not None else default
     cpus = options.cpus if options.cpus is not None else min(2, len(os.sched_getaffinity(0)))
     if options.memory is not None and memory < _MIN_MEMORY:
         raise ConfigError(f"The nested machine needs at least {_MIN_MEMORY // _MIB} MiB of memory")
@@ -181,29 +152,16 @@ def _outputs(terminal: Terminal, stdio: list[str]) -> dict[str, Output]:
     return outputs
 
 
-def _plan(
-    initramfs: Initramfs,
-    modules: list[str],
-    shares: list[Share],
-    terminal: Terminal,
-    stdio: list[str],
-) -> Plan:
+def _plan(shares: list[Share], terminal: Terminal, stdio: list[str]) -> Plan:
+    """What differs from run to run; carried out when the machine is up."""
     plan = Plan()
-    plan.add("end", "wait")
     plan.add("stdio", *stdio)
     plan.add("tty", *terminal.size(), "raw" if terminal.raw_output else "cooked")
-    plan.mount("devtmpfs", "/dev", flags="nosuid")
-    plan.mount("sysfs", "/sys")
-    for path in initramfs.load(_PORT_MODULES):
-        plan.add("module", path, "")
-    plan.add("ports", _PORTS)
-    early = set(initramfs.load(_PORT_MODULES))
-    for path in initramfs.load(modules):
-        if path not in early:
-            plan.add("module", path, "")
-    plan.mount(
-        "9p", "/lower", "root", "ro", f"trans=virtio,version=9p2000.L,msize={_MSIZE},cache=loose"
-    )
+    # A machine from a snapshot has an old clock, and random numbers that others have had.
+    plan.add("clock", *divmod(time.time_ns(), 1_000_000_000))
+    plan.add("entropy", os.urandom(64).hex())
+    options = f"trans=virtio,version=9p2000.L,msize={_MSIZE}"
+    plan.mount("9p", "/lower", "root", "ro", f"{options},cache=loose")
     plan.mount("tmpfs", "/upper", data="mode=755,size=75%")
     plan.add("mkdir", "/upper/top", "755")
     plan.add("mkdir", "/upper/work", "755")
@@ -218,14 +176,7 @@ def _plan(
     for target, link in (("fd", "fd"), ("fd/0", "stdin"), ("fd/1", "stdout"), ("fd/2", "stderr")):
         plan.add("symlink", f"/proc/self/{target}", f"/dev/{link}")
     for share in shares[1:]:
-        plan.mount(
-            "9p",
-            share.path,
-            share.tag,
-            "",
-            f"trans=virtio,version=9p2000.L,msize={_MSIZE},cache=mmap",
-        )
-    plan.add("require", "/dev/kvm", 2000, "/dev/kvm did not appear: kvm-amd found no SVM")
+        plan.mount("9p", share.path, share.tag, "", f"{options},cache=mmap")
     for name in _OPENED:
         plan.add("chmod", f"/dev/{name}", "666")
     plan.add("hostname", os.uname().nodename)

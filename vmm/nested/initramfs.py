@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from vmm.errors import HostError
 from vmm.nested.cpio import S_IFCHR, CpioWriter
-from vmm.nested.modules import ModuleTree, read_module
+from vmm.nested.modules import read_module
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,23 +24,24 @@ class Initramfs:
     """What every start with one kernel, one /init and one set of modules has in common.
 
     ``modules`` are the names asked for; ``load`` gives the paths, inside the archive, that the
-    plan has to load for some of them, in order.
+    plan has to load for some of them, in order; ``key`` changes with what is in the archive.
     """
 
-    __slots__ = ("_paths", "_tree", "base")
+    __slots__ = ("_paths", "_tree", "base", "key")
 
     def __init__(self, kernel: KernelTree, modules: list[str], cache: str) -> None:
         """Take the base from the directory ``cache``, or build it and try to keep it there."""
         from vmm.nested.initbin import init_path
 
-        self._tree = ModuleTree(kernel.modules_dir)
+        self._tree = kernel.modules
         self._paths = self._tree.resolve(modules)
         init = init_path()
         key = hashlib.sha256(_FORMAT.encode())
         for path in (init, *self._paths):
             stat = os.stat(path)
             key.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode(errors="replace"))
-        self.base = self._load(os.path.join(cache, f"base-{key.hexdigest()[:24]}.cpio"), init)
+        self.key = key.hexdigest()[:24]
+        self.base = self._load(os.path.join(cache, f"base-{self.key}.cpio"), init)
 
     def load(self, names: list[str]) -> list[str]:
         """Paths in the archive of these modules and of what they need, in the order to load."""

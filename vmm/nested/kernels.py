@@ -20,12 +20,20 @@ _ADVICE = "install linux-image-amd64 (Debian), run `make kernels`, or name one w
 class KernelTree:
     """A bootable image and the modules made with it: ``version``, ``image``, ``modules_dir``."""
 
-    __slots__ = ("image", "modules_dir", "version")
+    __slots__ = ("_modules", "image", "modules_dir", "version")
 
     def __init__(self, version: str, image: str, modules_dir: str) -> None:
         self.version = version
         self.image = image
         self.modules_dir = modules_dir
+        self._modules: ModuleTree | None = None
+
+    @property
+    def modules(self) -> ModuleTree:
+        """The modules, read once. HostError when their directory is gone."""
+        if self._modules is None:
+            self._modules = ModuleTree(self.modules_dir)
+        return self._modules
 
     def __repr__(self) -> str:
         return f"KernelTree({self.version!r}, {self.image!r}, {self.modules_dir!r})"
@@ -64,7 +72,7 @@ def find_kernel(need: list[str], kernel: str | None = None) -> KernelTree:
         trees = [*_fetched(), *_in_directory("/")]
     reason = "none is installed"
     for tree in trees:
-        missing = [name for name in need if not ModuleTree(tree.modules_dir).has(name)]
+        missing = [name for name in need if not tree.modules.has(name)]
         if missing:
             reason = f"{tree.version} has no {', '.join(missing)}"
         elif not os.access(tree.image, os.R_OK):

@@ -22,19 +22,20 @@ _SHDR = struct.Struct("<IIQQQQIIQQ")  # section header
 
 def module_name(path: str) -> str:
     """The name the kernel knows a module by: ``kernel/fs/9p/9p.ko.xz`` is ``9p``."""
-    return os.path.basename(path).partition(".ko")[0].replace("-", "_")
+    return path.rpartition("/")[2].partition(".ko")[0].replace("-", "_")
 
 
 class ModuleTree:
     """The modules of one kernel, found by name below ``root`` (/lib/modules/VERSION)."""
 
-    __slots__ = ("_builtin", "_paths", "root")
+    __slots__ = ("_builtin", "_needs", "_paths", "root")
 
     def __init__(self, root: str) -> None:
         """Read the lists that the tree brings along. HostError when there is no such tree."""
         self.root = root
         self._paths: dict[str, str] = {}
         self._builtin: set[str] = set()
+        self._needs: dict[str, tuple[list[str], list[str]]] = {}  # by path, once read
         if not os.path.isdir(root):
             raise HostError(f"There is no directory of kernel modules {root}")
         for path in self._lines("modules.builtin"):
@@ -66,7 +67,9 @@ class ModuleTree:
         path = self._find(name)
         if path is None:
             raise HostError(_NOT_FOUND.format(self.root, name))
-        hard, soft = dependencies(read_module(path))
+        if path not in self._needs:
+            self._needs[path] = dependencies(read_module(path))
+        hard, soft = self._needs[path]
         for other in hard:
             self._visit(other, order, done)
         for other in soft:

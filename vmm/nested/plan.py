@@ -31,6 +31,9 @@ VERBS = {
     "limits": 2,
     "stdio": 3,
     "tty": 3,
+    "clock": 2,
+    "entropy": 1,
+    "await": 0,
     "run": 0,
 }
 

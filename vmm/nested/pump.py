@@ -16,6 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vmm.nested.plan import Plan
     from vmm.nested.qemu import Qemu
     from vmm.nested.terminal import Terminal
 
@@ -38,6 +39,14 @@ class Finished(Exception):
     def __init__(self, status: int) -> None:
         super().__init__(status)
         self.status = status
+
+
+class MachineLost(HostError):
+    """The machine ended, or hangs, and not by the command's doing."""
+
+
+class _Ready(Exception):
+    """The machine waits for its plan."""
 
 
 class Signals:
@@ -83,34 +92,37 @@ class Signals:
 
 
 class Pump:
-    """The host's half of a session; ``run`` gives the command's exit status.
+    """The host's half of a session with one machine; ``run`` gives the command's exit status.
 
-    ``outputs`` maps port names to streams, ``stdin`` may be None. ``timeout`` is in seconds from
-    the moment of construction. With ``verbose`` the machine's log is copied to stderr as it
-    comes; else the last of it is kept in ``log``.
+    ``outputs`` maps port names to streams, ``stdin`` may be None. ``limit`` is on time.monotonic's
+    clock. With ``verbose`` the machine's log is copied to stderr as it comes; else the last of it
+    is kept in ``log``. Both ``boot`` and ``run`` raise Finished when signals or the limit end it,
+    HostError when the machine cannot run the command, and MachineLost when it fails.
     """
 
     def __init__(
         self,
         qemu: Qemu,
+        plan: Plan,
         signals: Signals,
         terminal: Terminal,
         stdin: Input | None,
         outputs: dict[str, Output],
-        timeout: float | None,
+        limit: float | None,
         verbose: bool,
     ) -> None:
-        now = time.monotonic()
         self.log = bytearray()
         self.started_at: float | None = None
         self._qemu = qemu
+        self._plan = plan
         self._signals = signals
         self._terminal = terminal
         self._stdin = stdin
         self._outputs = outputs
         self._verbose = verbose
-        self._limit = now + timeout if timeout is not None else None
-        self._boot_limit = now + _BOOT_S
+        self._limit = limit
+        self._boot_limit = 0.0
+        self._planned = False
         self._grace: tuple[float, int] | None = None
         self._interrupted = False
         self._commands = bytearray()  # lines on their way to the guest
@@ -118,12 +130,25 @@ class Pump:
         self._result: tuple[int, dict[str, int]] | None = None
         self._escapes: list[float] = []
 
-    def run(self) -> int:
-        """Until the command has ended and its output is delivered.
+    def boot(self, patience: float = _BOOT_S) -> None:
+        """Until the machine waits for its plan, or for ``patience`` seconds."""
+        self._boot_limit = time.monotonic() + patience
+        try:
+            while True:
+                self._wait()
+        except _Ready:
+            pass
 
-        Raises:
-            HostError: the machine could not run the command, or ended before it.
-        """
+    def run(self, patience: float = _BOOT_S) -> int:
+        """Send the plan; until the command has ended and its output is delivered. It must have
+        started after ``patience`` seconds."""
+        self._boot_limit = time.monotonic() + patience
+        for output in self._outputs.values():
+            output.begin()
+        plan = self._plan.encode()
+        self._tell(f"plan {len(plan)}")
+        self._commands += plan
+        self._planned = True
         try:
             while True:
                 self._wait()
@@ -161,7 +186,7 @@ class Pump:
             want = self._stdin.wants(qemu.ports["in"])
             if want is not None:
                 yield want
-        for output in self._outputs.values():
+        for output in self._outputs.values() if self._planned else ():
             if not output.ended or output.pending:
                 yield output.wants(qemu.ports[output.name])
 
@@ -181,7 +206,7 @@ class Pump:
         if self._grace is not None and now >= self._grace[0]:
             raise Finished(128 + self._grace[1])
         if self.started_at is None and now >= self._boot_limit:
-            raise HostError(f"The nested machine did not start the command within {_BOOT_S:g} s")
+            raise MachineLost("The nested machine did not start the command in time")
 
     def _check_signals(self, ready: dict[int, int]) -> None:
         for signo in self._signals.take() if self._signals.fd in ready else []:
@@ -229,6 +254,8 @@ class Pump:
         if word == "started":
             self.started_at = time.monotonic()
             self._terminal.make_raw()
+        elif word == "ready":
+            raise _Ready
         elif word == "input-closed" and self._stdin is not None:
             self._stdin.ended = True
             self._stdin.pending = memoryview(b"")
@@ -315,7 +342,7 @@ class Pump:
             after = len(self.log), sum(out.taken for out in self._outputs.values())
             if before == after and self._result is None:
                 break
-        raise HostError(_why_ended(self._qemu.wait(), self.log))
+        raise MachineLost(_why_ended(self._qemu.wait(), self.log))
 
 
 def _why_ended(status: int, log: bytearray) -> str:

@@ -46,17 +46,28 @@ class Qemu:
     """One QEMU process, killed with this one whatever happens.
 
     ``ports`` maps a virtio-serial port's name to our socket of it, ``serial`` is the machine's
-    serial line, ``errors`` the descriptor of what QEMU itself says, ``pidfd`` tells its end.
-    All of them are owned here and non-blocking.
+    serial line, ``errors`` the descriptor of what QEMU itself says, ``pidfd`` tells its end; all
+    of them are non-blocking. ``monitor`` is QMP, if asked for. Everything is owned here.
     """
 
-    __slots__ = ("_theirs", "args", "errors", "pid", "pidfd", "ports", "serial", "status")
+    __slots__ = (
+        "_theirs",
+        "args",
+        "errors",
+        "monitor",
+        "pid",
+        "pidfd",
+        "ports",
+        "serial",
+        "status",
+    )
 
     def __init__(self, kernel: str | int, *, memory: int, cpus: int, append: str) -> None:
         """``memory`` in bytes; ``kernel`` a path, or a descriptor that is owned from here on.
         Nothing runs before ``start``."""
         self.pid = self.pidfd = self.errors = -1
         self.status: int | None = None
+        self.monitor: socket.socket | None = None
         self.ports: dict[str, socket.socket] = {}
         self._theirs: list[int] = []
         self.args = [find_qemu(), "-nodefaults", "-no-user-config", "-no-reboot"]
@@ -64,10 +75,31 @@ class Qemu:
         self.args += ["-accel", "tcg,thread=multi", "-cpu", "max,-erms,-xsave", "-M", "pc"]
         self.args += ["-m", f"{memory >> 20}M", "-smp", str(cpus), "-kernel"]
         self.args += [kernel if isinstance(kernel, str) else self._pass(kernel)]
-        self.args += ["-append", append]
+        self.args += ["-append", append, "-machine", "pc"]
         self.serial = self._socket("serial0")
         self.args += ["-serial", "chardev:serial0"]
         self.args += ["-device", "virtio-serial-pci,disable-legacy=on"]
+
+    def __enter__(self) -> Qemu:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def use_ram_file(self, path: str, memory: int, share: str) -> None:
+        """Keep RAM in a file; with ``share`` "off" the file stays as it is. In either case the
+        state written by migration can be that of the devices alone."""
+        path = path.replace(",", ",,")
+        backend = f"memory-backend-file,id=ram,size={memory},mem-path={path},share={share}"
+        self.args += ["-object", backend, "-machine", "memory-backend=ram"]
+
+    def add_monitor(self, *, incoming: bool) -> None:
+        """Have ``monitor``, which waits as sockets do; with ``incoming`` it has to fill the
+        machine before that runs."""
+        self.monitor = self._socket("monitor")
+        self.monitor.setblocking(True)
+        self.args += ["-mon", "chardev=monitor,mode=control"]
+        self.args += ["-incoming", "defer"] if incoming else []
 
     def add_initrd(self, fd: int) -> None:
         """Use the archive in this memfd, which is owned from here on."""
@@ -116,8 +148,9 @@ class Qemu:
             os.kill(self.pid, signal.SIGKILL)
             self.wait()
         self._close_theirs()
-        for ours in (self.serial, *self.ports.values()):
-            ours.close()
+        for ours in (self.serial, self.monitor, *self.ports.values()):
+            if ours is not None:
+                ours.close()
         for fd in (self.pidfd, self.errors):
             if fd >= 0:
                 os.close(fd)

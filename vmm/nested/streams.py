@@ -40,6 +40,11 @@ class Output:
         self.fd, self._limit = _unblocked(fd)
         self._owned = self.fd != fd
 
+    def begin(self) -> None:
+        """The port is a new one: an earlier machine did not get as far as the command."""
+        self.taken = 0
+        self.ended = False
+
     def wants(self, port: socket) -> tuple[int, int]:
         """The descriptor and the poll event to wait for."""
         if self.pending:

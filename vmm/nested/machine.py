@@ -1,0 +1,163 @@
+"""The nested machine itself, whatever runs in it: kernel, memory, CPUs, shares; how it starts."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+from vmm.errors import HostError
+from vmm.nested import snapshot
+from vmm.nested.image import unpacked_kernel
+from vmm.nested.initramfs import Initramfs
+from vmm.nested.kernels import KernelTree, cache_dir, find_kernel
+from vmm.nested.plan import Plan
+from vmm.nested.pump import MachineLost
+from vmm.nested.qemu import KERNEL_ARGS, Qemu, Share, find_qemu
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmm.nested.pump import Pump
+    from vmm.nested.snapshot import Snapshot
+
+PORTS = ("in", "out", "err", "tty")
+
+_PREFIX = "org.vmm."
+_PORT_MODULES = ["virtio_pci", "virtio_console"]
+#: Modules without which there is no nested machine.
+NEEDED = [*_PORT_MODULES, "9pnet_virtio", "9p", "overlay", "kvm-amd"]
+# For the devices of machines inside; each is left out where the kernel has none.
+_OPTIONAL = ["tun", "vhost_net", "vhost_vsock"]
+_NO_SNAPSHOT = "VMM_NESTED_SNAPSHOT"  # set to 0: always boot
+_RESTORE_S = 60.0  # a restored machine needs 1; only a hang reaches this
+
+
+def find_parts(kernel: str | None) -> KernelTree:
+    """Check that all a nested machine needs is here. HostError names what is missing."""
+    if os.uname().machine != "x86_64":
+        raise HostError(f"The nested machine needs an x86-64 host, this is {os.uname().machine}")
+    find_qemu()
+    return find_kernel(NEEDED, kernel)
+
+
+class Machine:
+    """What a start needs to know. ``memory`` in bytes; ``shares[0]`` is the root."""
+
+    __slots__ = ("_append", "_cpus", "_image", "_initramfs", "_memory", "_plan", "_shares")
+
+    def __init__(
+        self, kernel: str | None, memory: int, cpus: int, shares: list[Share], verbose: bool
+    ) -> None:
+        """Find the parts; see ``find_parts``."""
+        tree = find_parts(kernel)
+        modules = [*NEEDED, *(name for name in _OPTIONAL if tree.modules.has(name))]
+        self._initramfs = Initramfs(tree, modules, os.path.join(cache_dir(), "nested"))
+        self._plan = _boot_plan(self._initramfs, modules)
+        self._image = tree.image
+        self._memory = memory
+        self._cpus = cpus
+        self._shares = shares
+        self._append = KERNEL_ARGS if verbose else f"{KERNEL_ARGS} quiet"
+
+    def run(self, pump: Callable[[Qemu], Pump], *, keep: bool) -> int:
+        """Start a machine, hand it to ``pump`` and see that through; gives the exit status.
+
+        With ``keep`` the machine comes from a snapshot, which is made when there is none yet.
+        A snapshot that turns out to be of no use is removed, and the machine boots.
+        """
+        keep = keep and os.environ.get(_NO_SNAPSHOT) != "0"
+        key = self._key()
+        kept = (snapshot.find(key) or self._make(key, pump)) if keep else None
+        if kept is not None:
+            status = self._restored(kept, pump)
+            if status is not None:
+                return status
+            kept.discard()
+        with self._qemu() as qemu:
+            session = pump(qemu)
+            qemu.start()
+            session.boot()
+            return session.run()
+
+    def _restored(self, kept: Snapshot, pump: Callable[[Qemu], Pump]) -> int | None:
+        """The exit status from a machine out of a snapshot; None when that was of no use."""
+        with self._qemu(kept, "off") as qemu:
+            session = pump(qemu)
+            qemu.add_monitor(incoming=True)
+            qemu.start()
+            if not snapshot.load(qemu, kept):
+                return None
+            try:
+                return session.run(_RESTORE_S)
+            except MachineLost:
+                if session.started_at is not None:
+                    raise
+        return None
+
+    def _make(self, key: str, pump: Callable[[Qemu], Pump]) -> Snapshot | None:
+        draft = snapshot.draft(self._memory)
+        if draft is None:
+            return None
+        try:
+            with self._qemu(draft, "on") as qemu:
+                session = pump(qemu)
+                qemu.add_monitor(incoming=False)
+                qemu.start()
+                session.boot()
+                if not snapshot.save(qemu, draft):
+                    return None
+            return draft.publish(key)
+        except MachineLost:
+            return None  # perhaps RAM in a file does not work here; the plain way will tell
+        finally:
+            draft.discard()
+
+    def _qemu(self, ram: Snapshot | None = None, share: str = "") -> Qemu:
+        image = unpacked_kernel(self._image) or self._image
+        qemu = Qemu(image, memory=self._memory, cpus=self._cpus, append=self._append)
+        if ram is not None:
+            qemu.use_ram_file(ram.ram, self._memory, share)
+        qemu.add_initrd(self._initramfs.with_plan(self._plan))
+        for name in ("ctl", *PORTS):
+            qemu.add_port(_PREFIX, name)
+        for item in self._shares:
+            qemu.add_share(item)
+        return qemu
+
+    def _key(self) -> str:
+        """Changes with whatever a snapshot depends on."""
+        parts = [
+            self._append,
+            self._memory,
+            self._cpus,
+            len(self._shares),
+            self._plan.encode(),
+        ]
+        for path in (find_qemu(), self._image):
+            info = os.stat(path)
+            parts += [path, info.st_size, info.st_mtime_ns]
+        # The guest measured the speed of this CPU's time stamp counter.
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            first = file.read(65536).partition("\n\n")[0].splitlines()
+        parts += [line for line in first if line.startswith(("model name", "bogomips"))]
+        parts.append(self._initramfs.key)
+        return hashlib.sha256(repr(parts).encode(errors="replace")).hexdigest()[:32]
+
+
+def _boot_plan(initramfs: Initramfs, modules: list[str]) -> Plan:
+    """Up to where all runs are the same."""
+    plan = Plan()
+    plan.add("end", "wait")
+    plan.mount("devtmpfs", "/dev", flags="nosuid")
+    plan.mount("sysfs", "/sys")
+    early = initramfs.load(_PORT_MODULES)
+    for path in early:
+        plan.add("module", path, "")
+    plan.add("ports", _PREFIX, *PORTS)
+    for path in initramfs.load(modules):
+        if path not in early:
+            plan.add("module", path, "")
+    plan.add("require", "/dev/kvm", 2000, "/dev/kvm did not appear: kvm-amd found no SVM")
+    plan.add("await")
+    return plan
