@@ -74,7 +74,7 @@ def native_arch() -> Arch:
 
     machine = os.uname().machine
     if machine == "x86_64":
-        from vmm.arch.x86_64 import X86_64
+        from vmm.arch.x86_64.pc import X86_64
 
         return X86_64()
     raise HostError(f"vmm runs on x86_64 hosts; this one is {machine}.")
