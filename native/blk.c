@@ -219,8 +219,7 @@ struct vmm_blk *vmm_blk_create(struct vmm_loop *loop, const struct vmm_blk_confi
 	if (!blk)
 		return NULL;
 	blk->sectors = (config->size + SECTOR - 1) / SECTOR;
-	blk->service.loop = loop;
-	blk->service.serve = serve;
+	vmm_service_init(&blk->service, loop, serve);
 	blk->service.flush = flush;
 	blk->service.drain = drain;
 	/* Most of it is never touched: a page where a request that long is in flight. */
@@ -245,7 +244,7 @@ void vmm_blk_destroy(struct vmm_blk *blk)
 {
 	if (!blk)
 		return;
-	vmm_blk_stop(blk);
+	vmm_service_fini(&blk->service);
 	if (blk->io.async)
 		vmm_loop_remove(blk->service.loop, &blk->completions);
 	vmm_blk_io_fini(&blk->io);

@@ -131,6 +131,9 @@ struct vmm_console *vmm_console_create(struct vmm_loop *loop, struct vmm_stream 
 	c->out = out;
 	c->in = in;
 	c->queue_size = queue_size;
+	/* Linux waits for each 16 bytes it writes with its CPU (hvc_console): a thread switch for
+	 * each of them would take longer than anything else. */
+	c->ports[TX].service.direct = true;
 	for (int i = 0; i < NR_QUEUES; i++) {
 		struct port *port = &c->ports[i];
 
@@ -139,8 +142,7 @@ struct vmm_console *vmm_console_create(struct vmm_loop *loop, struct vmm_stream 
 			vmm_console_destroy(c);
 			return NULL;
 		}
-		port->service.loop = loop;
-		port->service.serve = i == RX ? serve_rx : serve_tx;
+		vmm_service_init(&port->service, loop, i == RX ? serve_rx : serve_tx);
 		port->listener.notify = woken;
 	}
 	return c;
@@ -151,8 +153,10 @@ void vmm_console_destroy(struct vmm_console *c)
 	if (!c)
 		return;
 	vmm_console_stop(c);
-	for (int i = 0; i < NR_QUEUES; i++)
+	for (int i = 0; i < NR_QUEUES; i++) {
+		vmm_service_fini(&c->ports[i].service);
 		free(c->ports[i].iov);
+	}
 	free(c);
 }
 

@@ -68,8 +68,7 @@ struct vmm_rng *vmm_rng_create(struct vmm_loop *loop, uint16_t queue_size)
 	if (!rng)
 		return NULL;
 	rng->queue_size = queue_size;
-	rng->service.loop = loop;
-	rng->service.serve = serve;
+	vmm_service_init(&rng->service, loop, serve);
 	return rng;
 }
 
@@ -77,7 +76,7 @@ void vmm_rng_destroy(struct vmm_rng *rng)
 {
 	if (!rng)
 		return;
-	vmm_rng_stop(rng);
+	vmm_service_fini(&rng->service);
 	free(rng);
 }
 

@@ -56,6 +56,13 @@ void vmm_service_run(struct vmm_service *s)
 	vmm_service_notify(s);
 }
 
+static void locked_run(struct vmm_service *s)
+{
+	pthread_mutex_lock(&s->lock);
+	vmm_service_run(s);
+	pthread_mutex_unlock(&s->lock);
+}
+
 static void ready(struct vmm_source *source, uint32_t epoll_events)
 {
 	struct vmm_service *s = (struct vmm_service *)source; /* its first member */
@@ -63,42 +70,69 @@ static void ready(struct vmm_source *source, uint32_t epoll_events)
 
 	(void)epoll_events;
 	if (read(source->fd, &kicks, sizeof(kicks)) == sizeof(kicks))
-		vmm_service_run(s);
+		locked_run(s);
 }
 
-int vmm_service_start(struct vmm_service *s, const struct vmm_service_config *config)
+static void kicked(struct vmm_virtio_kick *kick)
 {
-	int rc;
+	locked_run((struct vmm_service *)((uint8_t *)kick - offsetof(struct vmm_service, kick)));
+}
 
-	if (s->vq)
-		return -EBUSY;
-	s->vq = vmm_vq_create(config->mem, &config->vq);
-	if (!s->vq)
-		return -errno;
-	s->virtio = config->virtio;
-	s->index = config->index;
-	s->report = config->report;
-	s->failed = false;
-	s->source.fd = config->kick_fd;
+void vmm_service_init(struct vmm_service *s, struct vmm_loop *loop,
+		      int (*serve)(struct vmm_service *s))
+{
+	pthread_mutex_init(&s->lock, NULL);
+	s->loop = loop;
+	s->serve = serve;
 	s->source.ready = ready;
-	rc = vmm_loop_add(s->loop, &s->source, EPOLLIN);
-	if (rc) {
-		vmm_vq_destroy(s->vq);
-		s->vq = NULL;
-		return rc;
-	}
-	vmm_service_again(s);
-	return 0;
+	s->kick.kicked = kicked;
+}
+
+void vmm_service_fini(struct vmm_service *s)
+{
+	vmm_service_stop(s);
+	pthread_mutex_destroy(&s->lock);
 }
 
 static void forget(void *arg)
 {
 	struct vmm_service *s = arg;
 
+	pthread_mutex_lock(&s->lock);
 	if (s->drain)
 		s->drain(s);
 	vmm_vq_destroy(s->vq);
 	s->vq = NULL;
+	pthread_mutex_unlock(&s->lock);
+}
+
+int vmm_service_start(struct vmm_service *s, const struct vmm_service_config *config)
+{
+	struct vmm_vq *vq;
+	int rc;
+
+	if (s->vq)
+		return -EBUSY;
+	vq = vmm_vq_create(config->mem, &config->vq);
+	if (!vq)
+		return -errno;
+	pthread_mutex_lock(&s->lock);
+	s->vq = vq;
+	s->virtio = config->virtio;
+	s->index = config->index;
+	s->report = config->report;
+	s->failed = false;
+	s->source.fd = config->kick_fd;
+	pthread_mutex_unlock(&s->lock);
+	rc = vmm_loop_add(s->loop, &s->source, EPOLLIN);
+	if (rc) {
+		forget(s);
+		return rc;
+	}
+	if (s->direct)
+		vmm_virtio_kick_call(s->virtio, s->index, &s->kick);
+	vmm_service_again(s);
+	return 0;
 }
 
 void vmm_service_stop(struct vmm_service *s)

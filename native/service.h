@@ -27,10 +27,15 @@ struct vmm_service_config {
 
 #define VMM_SERVICE_WAIT (-1)
 
-/* A device embeds one per queue and sets `loop` and `serve`. All of it belongs to the I/O thread
- * from start to stop. */
+/* A device embeds one per queue. From start to stop it belongs to the I/O thread, and to whoever
+ * notifies if `direct` is set. */
 struct vmm_service {
 	struct vmm_source source;
+	struct vmm_virtio_kick kick;
+	pthread_mutex_t lock; /* held while it runs, and around start and stop */
+	/* Set before the first start: a notification is served on the vCPU's thread. The transport
+	 * must then leave the queue without an ioeventfd. */
+	bool direct;
 	struct vmm_loop *loop;
 	struct vmm_virtio *virtio;
 	struct vmm_vq *vq; /* NULL while stopped */
@@ -46,15 +51,19 @@ struct vmm_service {
 	void (*drain)(struct vmm_service *s);
 };
 
+void vmm_service_init(struct vmm_service *s, struct vmm_loop *loop,
+		      int (*serve)(struct vmm_service *s));
+/* Stops it. No vCPU runs any more. */
+void vmm_service_fini(struct vmm_service *s);
 /* 0 or -errno. Chains that are there already are served without a kick. */
 int vmm_service_start(struct vmm_service *s, const struct vmm_service_config *config);
 /* After this returns the I/O thread does not touch the queue. Harmless when not started. */
 void vmm_service_stop(struct vmm_service *s);
-/* On the I/O thread: serves what there is, then interrupts at most once. */
+/* With the lock held, or on the I/O thread if it is not direct: serves what there is, then interrupts at most once. */
 void vmm_service_run(struct vmm_service *s);
 /* Any thread, while started: the I/O thread shall run the service again. */
 void vmm_service_again(struct vmm_service *s);
-/* On the I/O thread: tells the driver about pushes, or of a broken queue. */
+/* As vmm_service_run(): tells the driver about pushes, or of a broken queue. */
 void vmm_service_notify(struct vmm_service *s);
 
 #endif

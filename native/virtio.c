@@ -148,10 +148,21 @@ void vmm_virtio_kick_to(struct vmm_virtio *v, uint32_t queue, int eventfd)
 		v->queues[queue].kick = eventfd;
 }
 
+void vmm_virtio_kick_call(struct vmm_virtio *v, uint32_t queue, struct vmm_virtio_kick *kick)
+{
+	if (queue < v->nr)
+		v->queues[queue].call = kick;
+}
+
 void vmm_virtio_kick(struct vmm_virtio *v, uint32_t queue)
 {
 	const uint64_t one = 1;
+	struct vmm_virtio_kick *call = queue < v->nr ? v->queues[queue].call : NULL;
 
+	if (call) {
+		call->kicked(call);
+		return;
+	}
 	if (queue >= v->nr || v->queues[queue].kick < 0) {
 		v->refused++;
 		return;

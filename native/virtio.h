@@ -80,4 +80,12 @@ struct vmm_dev *vmm_virtio_pci(struct vmm_virtio *v);  /* the BAR laid out above
 
 /* cdef: end */
 
+/* Served on the thread that notifies, instead of an eventfd: for queues whose driver waits for the
+ * answer with its vCPU. Embed it; it must live until no vCPU runs any more. */
+struct vmm_virtio_kick {
+	void (*kicked)(struct vmm_virtio_kick *kick);
+};
+
+void vmm_virtio_kick_call(struct vmm_virtio *v, uint32_t queue, struct vmm_virtio_kick *kick);
+
 #endif

@@ -17,6 +17,7 @@ struct vmm_reg_queue {
 	uint16_t max;
 	_Atomic uint16_t vector;
 	int kick;
+	struct vmm_virtio_kick *_Atomic call;
 };
 
 struct vmm_virtio {

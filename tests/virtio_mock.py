@@ -465,6 +465,7 @@ class ToyDevice:
 
     DEVICE_ID = 4
     QUEUE_SIZES = (64, 16)
+    DIRECT_QUEUES = ()
 
     def __init__(self) -> None:
         self.name = "toy"

@@ -38,6 +38,8 @@ class VirtioDevice(Device):
     DEVICE_ID = 0
     #: The maximum size of each queue, in descriptors.
     QUEUE_SIZES: tuple[int, ...] = ()
+    #: Queues that the notifying vCPU's own thread serves: they get no ioeventfd.
+    DIRECT_QUEUES: tuple[int, ...] = ()
     #: What Linux must be built with to use the device.
     KERNEL_CONFIG = ""
 

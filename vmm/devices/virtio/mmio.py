@@ -48,8 +48,7 @@ class VirtioMmio(NativeDevice):
         bus.insert(base, self.SIZE, self)
         self._bus, self.base = bus, base
         if self._ioeventfd is not None:
-            for queue in range(self.core.queues):
-                fd = self.device.kick_fd(queue)
+            for queue, fd in self.core.eventfd_queues:
                 self._ioeventfd.bind(fd, base + QUEUE_NOTIFY, 4, datamatch=queue)
 
     def native(self) -> Any:
@@ -68,8 +67,7 @@ class VirtioMmio(NativeDevice):
     def close(self) -> None:
         if self._bus is not None:
             if self._ioeventfd is not None:
-                for queue in range(self.core.queues):
-                    fd = self.device.kick_fd(queue)
+                for queue, fd in self.core.eventfd_queues:
                     self._ioeventfd.unbind(fd, self.base + QUEUE_NOTIFY, 4, datamatch=queue)
             self._bus.remove(self.base)
             self._bus = None

@@ -185,9 +185,9 @@ class VirtioPci(PciDevice):
         # Drivers write the queue's index as 16 bits; a match of any width costs KVM least.
         size = 0 if self._ioeventfd.any_length else 2
         try:
-            for queue in range(self.core.queues):
+            for queue, fd in self.core.eventfd_queues:
                 at = bar.addr + _NOTIFY + NOTIFY_OFF_MULTIPLIER * queue
-                bind = (self.device.kick_fd(queue), at, size)
+                bind = (fd, at, size)
                 self._ioeventfd.bind(*bind)
                 self._bound.append(bind)
         except HostError:

@@ -20,6 +20,8 @@ The contract, device side (vmm/devices/virtio/device.py has the base class):
 - ``deactivate()``: returns only when nothing is in flight and no thread touches the queues.
 - ``kick_fd(queue)``: an eventfd of the device that lives as long as the device does. It may be
   signalled at any time, also before ``activate``; that must be harmless.
+- ``DIRECT_QUEUES``: queues that shall get no ioeventfd, as the device serves them on the thread of
+  the vCPU that notifies.
 - ``reset()`` and ``close()`` as every Device.
 
 ``activate``, ``deactivate`` and ``write_config`` run on a vCPU thread, one at a time per machine.
@@ -112,6 +114,12 @@ class VirtioTransport:
         for queue in range(self.queues):
             lib.vmm_virtio_kick_to(self.native, queue, device.kick_fd(queue))
         self._publish(notify=False)
+
+    @property
+    def eventfd_queues(self) -> list[tuple[int, int]]:
+        """(queue, kick eventfd) of each queue that is to be notified without an exit."""
+        device = self.device
+        return [(q, device.kick_fd(q)) for q in range(self.queues) if q not in device.DIRECT_QUEUES]
 
     @property
     def status(self) -> int:
