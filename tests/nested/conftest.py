@@ -96,8 +96,9 @@ def start() -> Iterator[Start]:
 
     def run(*args: str, **options: object) -> subprocess.Popen[bytes]:
         pipe = subprocess.PIPE
-        settings = {"stdin": pipe, "stdout": pipe, "stderr": pipe, "bufsize": 0, **options}
-        process = subprocess.Popen(command(*args), env=environment(), **settings)  # type: ignore[call-overload]
+        settings = {"stdin": pipe, "stdout": pipe, "stderr": pipe, "bufsize": 0}
+        settings |= {"env": environment(), **options}
+        process = subprocess.Popen(command(*args), **settings)  # type: ignore[call-overload]
         started.append(process)
         return process
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from vmm.errors import ConfigError, HostError
-from vmm.nested import Options, appliance
+from vmm.nested import Options, appliance, snapshot
+from vmm.nested.cache import private_dir
 from vmm.nested.cpio import S_IFCHR, CpioWriter
 from vmm.nested.initbin import init_path
 from vmm.nested.kernels import fetch_debian_kernel, find_kernel, version_key
@@ -285,6 +286,53 @@ def test_versions_as_people_sort_them() -> None:
         "6.2",
         "6.10.0",
     ]
+
+
+# ---- snapshots
+
+
+def test_snapshots_are_drafted_published_and_found(cache: Path) -> None:
+    draft = snapshot.draft(1 << 20)
+    assert draft is not None
+    assert os.path.getsize(draft.ram) == 1 << 20
+    assert snapshot.find("key") is None
+    Path(draft.state).write_bytes(b"devices")
+    published = draft.publish("key")
+    found = snapshot.find("key")
+    assert found is not None
+    assert found.path == published.path
+    assert not os.path.exists(draft.path)
+    found.discard()
+    assert snapshot.find("key") is None
+
+
+def test_the_newest_snapshots_are_kept(cache: Path) -> None:
+    for number in range(5):
+        draft = snapshot.draft(4096)
+        assert draft is not None
+        Path(draft.state).touch()
+        os.utime(draft.path, (number, number))
+        draft.publish(f"key{number}")
+    assert [n for n in range(5) if snapshot.find(f"key{n}")] == [2, 3, 4]
+
+
+def test_a_draft_of_the_dead_goes_and_one_of_the_living_stays(cache: Path) -> None:
+    mine, other = snapshot.draft(4096), snapshot.draft(4096)
+    assert mine is not None
+    assert other is not None
+    dead = Path(mine.path).with_name(".draft-99999999-1")
+    dead.mkdir()
+    mine.publish("key")
+    assert not dead.exists()
+    assert os.path.exists(other.path)
+
+
+def test_a_directory_others_can_write_to_is_not_used(cache: Path) -> None:
+    top = private_dir("nested", "snapshots")
+    assert top is not None
+    os.chmod(top, 0o775)
+    assert private_dir("nested", "snapshots") is None
+    assert snapshot.draft(4096) is None
 
 
 # ---- streams

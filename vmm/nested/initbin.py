@@ -43,9 +43,9 @@ def build_init() -> str:
         )
     target = _BINARY
     if not _is_writable(os.path.dirname(target)):
-        from vmm.nested.kernels import cache_dir
+        from vmm.nested.cache import cache_dir
 
-        target = os.path.join(cache_dir(), os.path.basename(_BINARY))
+        target = os.path.join(cache_dir(), "init", os.path.basename(_BINARY))
         if os.path.exists(target) and _newest(_source_files()) <= os.path.getmtime(target):
             return target
         os.makedirs(os.path.dirname(target), exist_ok=True)

@@ -29,8 +29,8 @@ class Initramfs:
 
     __slots__ = ("_paths", "_tree", "base", "key")
 
-    def __init__(self, kernel: KernelTree, modules: list[str], cache: str) -> None:
-        """Take the base from the directory ``cache``, or build it and try to keep it there."""
+    def __init__(self, kernel: KernelTree, modules: list[str], cache: str | None) -> None:
+        """Take the base from the directory ``cache``, if any, or build and try to keep it there."""
         from vmm.nested.initbin import init_path
 
         self._tree = kernel.modules
@@ -41,7 +41,8 @@ class Initramfs:
             stat = os.stat(path)
             key.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode(errors="replace"))
         self.key = key.hexdigest()[:24]
-        self.base = self._load(os.path.join(cache, f"base-{self.key}.cpio"), init)
+        cached = os.path.join(cache, f"{self.key}.cpio") if cache else None
+        self.base = self._load(cached, init)
 
     def load(self, names: list[str]) -> list[str]:
         """Paths in the archive of these modules and of what they need, in the order to load."""
@@ -63,13 +64,11 @@ class Initramfs:
             raise HostError(f"Cannot write the initramfs to memory: {error.strerror}") from error
         return fd
 
-    def _load(self, cached: str, init: str) -> bytes:
-        try:
-            with open(cached, "rb") as file:
+    def _load(self, cached: str | None, init: str) -> bytes:
+        if cached is not None:
+            with suppress(OSError), open(cached, "rb") as file:
                 os.utime(cached)
                 return file.read()
-        except OSError:
-            pass
         out = io.BytesIO()
         writer = CpioWriter(out)
         writer.add_node("dev/console", S_IFCHR | 0o600, 5, 1)
@@ -80,8 +79,9 @@ class Initramfs:
             writer.add_file(_inside(path), read_module(path))
         writer.close()
         data = out.getvalue()
-        with suppress(OSError):  # a home that cannot be written only costs the next start time
-            _store(cached, data)
+        if cached is not None:
+            with suppress(OSError):  # a full disk only costs the next start some time
+                _store(cached, data)
         return data
 
 
@@ -91,12 +91,11 @@ def _inside(path: str) -> str:
 
 def _store(path: str, data: bytes) -> None:
     directory = os.path.dirname(path)
-    os.makedirs(directory, exist_ok=True)
     partial = f"{path}.{os.getpid()}"
     with open(partial, "wb") as file:
         file.write(data)
     os.replace(partial, path)
-    bases = [entry for entry in os.scandir(directory) if entry.name.startswith("base-")]
+    bases = list(os.scandir(directory))
     bases.sort(key=lambda entry: entry.stat().st_mtime, reverse=True)
     for entry in bases[_KEEP:]:
         os.unlink(entry.path)

@@ -7,6 +7,7 @@ import shutil
 import sys
 
 from vmm.errors import HostError
+from vmm.nested.cache import cache_dir
 from vmm.nested.modules import ModuleTree
 
 TYPE_CHECKING = False
@@ -37,12 +38,6 @@ class KernelTree:
 
     def __repr__(self) -> str:
         return f"KernelTree({self.version!r}, {self.image!r}, {self.modules_dir!r})"
-
-
-def cache_dir() -> str:
-    """Where this user's caches of vmm are: $XDG_CACHE_HOME/vmm, else ~/.cache/vmm."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(base, "vmm")
 
 
 def packages_dir() -> str:

@@ -7,9 +7,10 @@ import os
 
 from vmm.errors import HostError
 from vmm.nested import snapshot
+from vmm.nested.cache import private_dir
 from vmm.nested.image import unpacked_kernel
 from vmm.nested.initramfs import Initramfs
-from vmm.nested.kernels import KernelTree, cache_dir, find_kernel
+from vmm.nested.kernels import KernelTree, find_kernel
 from vmm.nested.plan import Plan
 from vmm.nested.pump import MachineLost
 from vmm.nested.qemu import KERNEL_ARGS, Qemu, Share, find_qemu
@@ -52,7 +53,7 @@ class Machine:
         """Find the parts; see ``find_parts``."""
         tree = find_parts(kernel)
         modules = [*NEEDED, *(name for name in _OPTIONAL if tree.modules.has(name))]
-        self._initramfs = Initramfs(tree, modules, os.path.join(cache_dir(), "nested"))
+        self._initramfs = Initramfs(tree, modules, private_dir("nested", "initramfs"))
         self._plan = _boot_plan(self._initramfs, modules)
         self._image = tree.image
         self._memory = memory

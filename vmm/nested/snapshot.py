@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 import time
 from contextlib import suppress
 
-from vmm.nested.kernels import cache_dir
+from vmm.nested.cache import private_dir
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,19 +24,6 @@ _KEEP = 3  # each takes some 300 MB
 _ROOM = 1 << 30  # free space without which none is made
 _PATIENCE_S = 60.0  # for one answer of QEMU
 _DRAFT = ".draft-"
-
-
-def directory() -> str | None:
-    """Where snapshots are; None when there is no place that is ours alone. Whoever could write
-    to it could have any command run as us."""
-    path = os.path.join(cache_dir(), "nested", "snapshots")
-    try:
-        os.makedirs(path, 0o700, exist_ok=True)
-        info = os.lstat(path)
-    except OSError:
-        return None
-    ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
-    return path if ours and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else None
 
 
 class Snapshot:
@@ -73,7 +59,7 @@ class Snapshot:
 
 def find(key: str) -> Snapshot | None:
     """The snapshot for ``key``, if there is one."""
-    top = directory()
+    top = private_dir("nested", "snapshots")
     found = Snapshot(os.path.join(top, key)) if top else None
     if found is None or not os.path.exists(found.state):
         return None
@@ -84,7 +70,7 @@ def find(key: str) -> Snapshot | None:
 
 def draft(memory: int) -> Snapshot | None:
     """A new directory for a snapshot of ``memory`` bytes; None when there is no room for one."""
-    top = directory()
+    top = private_dir("nested", "snapshots")
     try:
         if top is None or shutil.disk_usage(top).free < _ROOM:
             return None
