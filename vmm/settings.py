@@ -178,8 +178,8 @@ SETTINGS = (
     ),
     Setting(
         "acpi", "--acpi", "Machine",
-        "Describe the machine by ACPI tables; without them there is no PCI configuration, "
-        "power-off or power button for the guest to find.",
+        "Describe the machine by ACPI tables. Leave them out for payload guests only: a stock Linux "
+        "without them finds no interrupt controller it can use, and hangs.",
         kind=SWITCH, default=True,
     ),
     Setting(
