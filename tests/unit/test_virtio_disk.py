@@ -12,6 +12,7 @@ import pytest
 
 from vmm.devices.virtio.blk import Blk, parse_disk
 from vmm.errors import ConfigError, HostError
+from vmm.memory import GuestMemory
 
 
 @pytest.fixture
@@ -122,7 +123,13 @@ def test_the_holder_is_named(image: Path) -> None:
 
 
 def test_closing_gives_everything_back(image: Path) -> None:
-    before = open_fds()
-    for _ in range(5):
-        Blk(str(image)).close()
+    """At once: the next guest may have the disk as soon as this one is gone."""
+    memory = GuestMemory([(0, 1 << 20)])
+    before, threads = open_fds(), len(os.listdir("/proc/self/task"))
+    for turn in range(50):
+        disk = Blk(str(image), direct=turn % 2 == 1)
+        disk.attach(memory, None)
+        disk.close()
     assert open_fds() == before
+    assert len(os.listdir("/proc/self/task")) == threads
+    memory.close()

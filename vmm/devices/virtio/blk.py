@@ -177,17 +177,26 @@ class Blk(VirtioDevice):
 class _File:
     """An opened, checked and locked disk image. ``align``: 0, or what O_DIRECT wants."""
 
-    __slots__ = ("align", "buffered_fd", "fd", "size")
+    __slots__ = ("_lock_fd", "align", "buffered_fd", "fd", "size")
 
     def __init__(self, path: str, readonly: bool, direct: bool) -> None:
-        self.fd = self.buffered_fd = -1
+        self.fd = self.buffered_fd = self._lock_fd = -1
         self.align = 0
         try:
             self.fd = self.buffered_fd = _open(path, readonly)
             self.size = os.lseek(self.fd, 0, os.SEEK_END)
             if self.size <= 0:
                 raise HostError(f"disk {path} is empty; make it larger with truncate -s SIZE")
-            _lock(self.fd, path, readonly)
+            # Not the description that io_uring is given: the kernel lets go of those some time
+            # after the ring was closed, and the disk would still be locked for the next guest.
+            try:
+                self._lock_fd = _reopen(self.fd, readonly)
+            except OSError as e:
+                raise HostError(
+                    f"disk {path} could not be opened again through /proc: {e.strerror}",
+                    errno=e.errno,
+                ) from e
+            _lock(self._lock_fd, self.fd, path, readonly)
             if direct:
                 self._go_direct(path, readonly)
         except BaseException:
@@ -197,10 +206,8 @@ class _File:
     def _go_direct(self, path: str, readonly: bool) -> None:
         import mmap
 
-        flags = os.O_DIRECT | os.O_CLOEXEC | (os.O_RDONLY if readonly else os.O_RDWR)
         try:
-            # The same file, whatever happened to its name meanwhile.
-            self.fd = os.open(f"/proc/self/fd/{self.buffered_fd}", flags)
+            self.fd = _reopen(self.buffered_fd, readonly, os.O_DIRECT)
         except OSError as e:
             raise HostError(
                 f"disk {path} cannot bypass the page cache: {e.strerror}; leave out ',direct'",
@@ -216,9 +223,9 @@ class _File:
                     self.align *= 2
 
     def close(self) -> None:
-        for fd in {self.fd, self.buffered_fd} - {-1}:
+        for fd in {self.fd, self.buffered_fd, self._lock_fd} - {-1}:
             os.close(fd)
-        self.fd = self.buffered_fd = -1
+        self.fd = self.buffered_fd = self._lock_fd = -1
 
 
 def _open(path: str, readonly: bool) -> int:
@@ -244,7 +251,13 @@ def _open(path: str, readonly: bool) -> int:
     return fd
 
 
-def _lock(fd: int, path: str, readonly: bool) -> None:
+def _reopen(fd: int, readonly: bool, flags: int = 0) -> int:
+    """Another description of the same file, whatever happened to its name meanwhile."""
+    mode = os.O_RDONLY if readonly else os.O_RDWR
+    return os.open(f"/proc/self/fd/{fd}", mode | os.O_CLOEXEC | flags)
+
+
+def _lock(fd: int, other: int, path: str, readonly: bool) -> None:
     """Nobody else may write what this guest uses, or use what it writes. Open-file-description
     locks: they also keep out a second disk of this process, and QEMU."""
     kind = fcntl.F_RDLCK if readonly else fcntl.F_WRLCK
@@ -253,7 +266,7 @@ def _lock(fd: int, path: str, readonly: bool) -> None:
     except OSError as e:
         if e.errno in (errno.EAGAIN, errno.EACCES):
             raise HostError(
-                f"disk {path} is already in use{_holder(fd)}; two guests must not share it "
+                f"disk {path} is already in use{_holder({fd, other})}; two guests must not share it "
                 "unless both have it ',ro'",
                 errno=e.errno,
             ) from e
@@ -261,16 +274,16 @@ def _lock(fd: int, path: str, readonly: bool) -> None:
             raise HostError(f"disk {path} could not be locked: {e.strerror}", errno=e.errno) from e
 
 
-def _holder(fd: int) -> str:
-    """ " by process N", as far as /proc tells."""
-    mine = os.fstat(fd)
+def _holder(ours: set[int]) -> str:
+    """Who has it, as far as /proc tells; ``ours``: the descriptors of this attempt."""
+    mine = os.fstat(min(ours))
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             names = os.listdir(f"/proc/{pid}/fd")
         except OSError:
             continue
         for name in names:
-            if pid == str(os.getpid()) and name == str(fd):
+            if pid == str(os.getpid()) and int(name) in ours:
                 continue
             try:
                 other = os.stat(f"/proc/{pid}/fd/{name}")
