@@ -178,7 +178,7 @@ SETTINGS = (
     ),
     Setting(
         "acpi", "--acpi", "Machine",
-        "Describe the machine by ACPI tables. Leave them out for payload guests only: a stock Linux "
+        "Describe the machine by ACPI tables. Leave them out for payloads only: a stock Linux "
         "without them finds no interrupt controller it can use, and hangs.",
         kind=SWITCH, default=True,
     ),
