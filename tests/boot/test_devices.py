@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.boot.conftest import Boot
+from tests.linux import BOOT_TIMEOUT
 
 transports = pytest.mark.parametrize("transport", ["pci", "mmio"])
 
@@ -125,20 +126,26 @@ def test_a_device_no_driver_claimed_is_named(boot: Boot, disk: Path, kernel: str
     assert any("CONFIG_VIRTIO_BLK" in text for text in told), told
 
 
-def test_power_button(kernel: str, initramfs) -> None:  # type: ignore[no-untyped-def]
-    """The guest's ACPI counts the press."""
+def test_power_button(kernel: str) -> None:
+    """The guest's ACPI counts the press, once its button driver listens."""
+    from guests.initramfs import build, kernel_tree
+    from tests.conftest import count_boot
     from vmm import Machine
 
     script = """\
 cd /sys/firmware/acpi/interrupts
-echo ready
-while read n rest < ff_pwr_btn && [ "$n" = 0 ]; do sleep 0.1; done
+echo "vmm-guest: ready, $(cat ff_pwr_btn)"
+n=0
+while [ "$n" = 0 ]; do sleep 0.1; read n rest < ff_pwr_btn; done
 echo "pressed=$n"
+poweroff -f
 """
+    archive = build(script, kernel_tree(), modules=("button",))
     with Machine(
-        kernel=kernel, initrds=[str(initramfs(script))], append="quiet", memory="256M", timeout=90
+        kernel=kernel, initrds=[archive], append="quiet", memory="256M", timeout=BOOT_TIMEOUT
     ) as vm:
-        vm.console.expect("ready", timeout=80)
+        vm.console.expect("ready", timeout=BOOT_TIMEOUT)
+        count_boot()
         vm.press_power_button()
-        vm.console.expect("pressed=1", timeout=30)
+        vm.console.expect("pressed=1", timeout=60)
         assert vm.wait().reason == "poweroff"

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from vmm.bus import Bus
 from vmm.chario import Stream
 from vmm.device import Device
-from vmm.devices.debugcon import DebugCon
 from vmm.devices.debugexit import DebugExit
 from vmm.devices.fwcfg import FwCfg
 from vmm.devices.i8042 import I8042
@@ -140,16 +139,6 @@ def test_debug_exit(pio: Bus, size: int, value: int, status: int) -> None:
     pio.write(0xF4, size, value)
     assert seen == [status]
     assert pio.read(0xF4, size) == 0
-
-
-def test_debug_console(pio: Bus) -> None:
-    out = Stream(64)
-    DebugCon(out).place(pio)
-    assert pio.read(0xE9, 1) == 0xE9
-    for c in b"bochs":
-        pio.write(0xE9, 1, c)
-    assert out.read(0)[1] == b"bochs"
-    out.close()
 
 
 def test_port80(pio: Bus) -> None:
