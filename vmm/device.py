@@ -37,6 +37,10 @@ class Device:
         """The ``struct vmm_dev *`` that answers (parts of) the range in C, or NULL."""
         return ffi.NULL
 
+    def faults(self) -> list[str]:
+        """What the guest's driver did that this device could not go on from, one sentence each."""
+        return []
+
     def unclaimed(self) -> str | None:
         """After a run: one sentence if the guest never used this device though it was there
         for it, naming the kernel option that would have made the difference."""

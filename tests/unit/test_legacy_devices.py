@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm.bus import Bus
-from vmm.chario import Stream
 from vmm.device import Device
 from vmm.devices.debugexit import DebugExit
 from vmm.devices.fwcfg import FwCfg
