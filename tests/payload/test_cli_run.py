@@ -199,6 +199,8 @@ def test_signals_end_a_run_in_order(payload: Payload, number: int, status: int) 
     with subprocess.Popen(
         payload(READY + HANG), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL, cwd=ROOT,
+        # The tests themselves may run under nohup, which vmm would respect.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     ) as process:  # fmt: skip
         assert process.stdout is not None
         assert process.stderr is not None
