@@ -117,6 +117,13 @@ def test_memory_and_cpus_as_asked() -> None:
     assert 500 < memory < 700
 
 
+def test_out_of_memory_is_said() -> None:
+    eat = "x = []\nwhile True: x.append(bytes([1]) * 10000000)"
+    done = nested("--memory", "700M", "--cpus", "1", "--", sys.executable, "-c", eat)
+    assert done.status == 137
+    assert b"ran out of memory; give it more with --memory" in done.err
+
+
 def test_verbose_shows_the_log() -> None:
     done = nested("--verbose", "--", "true")
     assert done.status == 0

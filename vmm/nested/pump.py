@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import sys
 import time
 from contextlib import suppress
 
@@ -24,6 +23,7 @@ _BOOT_S = 240.0  # a quiet machine needs 3; only a hang reaches this
 _GRACE_S = 5.0  # between a forwarded SIGTERM and the end of everything
 _DRAIN_S = 1.0  # for the last words of a machine that has ended
 _LOG_KEEP = 64 * 1024
+_OUT_OF_MEMORY = b"Out of memory: Killed process"  # as the kernel says it
 _TAIL, _TAIL_PANIC = 30, 100  # lines of it that are shown, and shown after a panic
 _ESCAPE = b"\x1d"  # Ctrl-], three times within a second, ends the machine
 
@@ -305,6 +305,9 @@ class Pump:
                 raise HostError(
                     f"Cannot write the command's std{output.name}: {output.error.strerror}"
                 )
+        if status == 128 + signal.SIGKILL and _OUT_OF_MEMORY in self.log:
+            self._terminal.restore()
+            say(["vmm: the nested machine ran out of memory; give it more with --memory"])
         raise Finished(status)
 
     def _read_log(self, ready: dict[int, int]) -> None:
@@ -321,7 +324,8 @@ class Pump:
                 text = data.replace(b"\r\n", b"\n")
                 if self._terminal.raw_output and self.started_at is not None:
                     text = text.replace(b"\n", b"\r\n")
-                os.write(2, text)
+                with suppress(OSError):
+                    os.write(2, text)
 
     def _machine_ended(self) -> None:
         # Its last words are still in the sockets; nobody writes to them any more.
@@ -363,5 +367,10 @@ def print_tail(log: bytearray) -> None:
     panic = next((nr for nr, line in enumerate(lines) if "Kernel panic" in line), None)
     lines = lines[-_TAIL:] if panic is None else lines[panic:]
     if lines:
-        print("--- the end of the nested machine's log ---", file=sys.stderr)
-        print("\n".join(lines), file=sys.stderr)
+        say(["--- the end of the nested machine's log ---", *lines])
+
+
+def say(lines: list[str]) -> None:
+    """Lines on descriptor 2, as sys.stderr is None when the caller had closed it."""
+    with suppress(OSError):
+        os.write(2, "".join(f"{line}\n" for line in lines).encode(errors="replace"))
