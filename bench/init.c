@@ -1,5 +1,6 @@
 /* The /init of the boot benchmark: says it is there, then ends the machine. */
 #include <sys/reboot.h>
+#include <termios.h>
 #include <unistd.h>
 
 int main(void)
@@ -8,6 +9,7 @@ int main(void)
 
 	if (write(1, text, sizeof(text) - 1) < 0)
 		return 1;
+	tcdrain(1);
 	reboot(RB_AUTOBOOT);
 	return 1;
 }
