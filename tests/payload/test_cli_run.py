@@ -311,6 +311,7 @@ def test_ctrl_a_x_ends_the_machine(at_terminal: Start) -> None:
 def test_ctrl_c_and_friends_are_the_guests(at_terminal: Start) -> None:
     terminal = at_terminal(READY + ECHO)
     terminal.until(b"R")
+    terminal.until(b"Ctrl-A x ends")
     terminal.type(b"\x03\x1a\x1c\x01aq")
     assert terminal.wait() == 7
     terminal.until(b"\x03\x1a\x1c\x01q")

@@ -63,8 +63,8 @@ class Session:
         try:
             self.machine.start()
             self._consoles = list(self.machine.consoles)
-            self._greet()
             self._connect_terminal()
+            self._greet()  # from here on keys are the guest's
             self._poke()
             result = self.machine.wait()
             self.terminal.restore()
