@@ -219,7 +219,7 @@ def test_ctrl_c_at_any_time(payload: Payload, delay: float) -> None:
 
     code = "import sys; print(flush=True); sys.argv[0] = 'vmm'; import vmm.__main__ as m; "
     code += "sys.exit(m.main())"
-    command = [sys.executable, "-c", code, *payload(HANG, "--memory=64M")[3:]]
+    command = [sys.executable, "-c", code, *payload(HANG, "--memory=64M", "--timeout=60")[3:]]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, cwd=ROOT
     ) as process:
@@ -231,8 +231,8 @@ def test_ctrl_c_at_any_time(payload: Payload, delay: float) -> None:
         said = process.stderr.read().decode()
         timer.join()
     assert process.returncode in (130, -signal.SIGINT), said
-    if "vmm.__main__ as m" not in said:  # the interpreter's own, before the first line of vmm
-        assert "Traceback" not in said
+    # Before vmm's first line it is the interpreter that is interrupted, and says so.
+    assert "Traceback" not in said or ", in main" not in said, said
 
 
 class AtTerminal:
