@@ -96,7 +96,7 @@ lint: $(BUILD)/venv.stamp ## ruff, and the C with every warning an error
 	@echo "lint: clean"
 
 type: $(BUILD)/native.stamp ## mypy --strict and pyright
-	@$(BIN)/mypy && $(BIN)/pyright
+	@$(BIN)/mypy && $(BIN)/pyright --pythonpath $(PY)
 
 format: $(BUILD)/venv.stamp ## let ruff format the Python
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
