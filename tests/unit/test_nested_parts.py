@@ -296,24 +296,30 @@ def test_snapshots_are_drafted_published_and_found(cache: Path) -> None:
     assert draft is not None
     assert os.path.getsize(draft.ram) == 1 << 20
     assert snapshot.find("key") is None
-    Path(draft.state).write_bytes(b"devices")
-    published = draft.publish("key")
-    found = snapshot.find("key")
+    os.write(draft.fds[snapshot.STATE], b"devices")
+    found = draft.publish("key")
+    draft.discard()
     assert found is not None
-    assert found.path == published.path
-    assert not os.path.exists(draft.path)
+    assert os.pread(found.fds[snapshot.STATE], 100, 0) == b"devices"
+    assert os.fstat(found.fds[snapshot.RAM]).st_size == 1 << 20
+    assert os.listdir(os.path.dirname(found.path)) == ["key"]
     found.discard()
     assert snapshot.find("key") is None
+    assert found.fds == []
 
 
 def test_the_newest_snapshots_are_kept(cache: Path) -> None:
-    for number in range(5):
+    top = private_dir("nested", "snapshots")
+    for number in range(6):
         draft = snapshot.draft(4096)
         assert draft is not None
-        Path(draft.state).touch()
-        os.utime(draft.path, (number, number))
-        draft.publish(f"key{number}")
-    assert [n for n in range(5) if snapshot.find(f"key{n}")] == [2, 3, 4]
+        found = draft.publish(f"key{number}")
+        draft.discard()
+        assert found is not None
+        while found.fds:
+            os.close(found.fds.pop())
+        os.utime(found.path, (number, number))
+    assert sorted(os.listdir(str(top))) == ["key2", "key3", "key4", "key5"]
 
 
 def test_a_draft_of_the_dead_goes_and_one_of_the_living_stays(cache: Path) -> None:
@@ -322,9 +328,12 @@ def test_a_draft_of_the_dead_goes_and_one_of_the_living_stays(cache: Path) -> No
     assert other is not None
     dead = Path(mine.path).with_name(".draft-99999999-1")
     dead.mkdir()
-    mine.publish("key")
+    published = mine.publish("key")
+    assert published is not None
     assert not dead.exists()
     assert os.path.exists(other.path)
+    for each in (mine, other, published):
+        each.discard()
 
 
 def test_a_directory_others_can_write_to_is_not_used(cache: Path) -> None:

@@ -27,7 +27,7 @@ class Initramfs:
     plan has to load for some of them, in order; ``key`` changes with what is in the archive.
     """
 
-    __slots__ = ("_paths", "_tree", "base", "key")
+    __slots__ = ("_init", "_paths", "_tree", "base", "key")
 
     def __init__(self, kernel: KernelTree, modules: list[str], cache: str | None) -> None:
         """Take the base from the directory ``cache``, if any, or build and try to keep it there."""
@@ -35,14 +35,15 @@ class Initramfs:
 
         self._tree = kernel.modules
         self._paths = self._tree.resolve(modules)
-        init = init_path()
-        key = hashlib.sha256(_FORMAT.encode())
-        for path in (init, *self._paths):
+        with open(init_path(), "rb") as file:
+            self._init = file.read()
+        key = hashlib.sha256(_FORMAT.encode() + self._init)
+        for path in self._paths:
             stat = os.stat(path)
             key.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode(errors="replace"))
         self.key = key.hexdigest()[:24]
         cached = os.path.join(cache, f"{self.key}.cpio") if cache else None
-        self.base = self._load(cached, init)
+        self.base = self._load(cached)
 
     def load(self, names: list[str]) -> list[str]:
         """Paths in the archive of these modules and of what they need, in the order to load."""
@@ -64,7 +65,7 @@ class Initramfs:
             raise HostError(f"Cannot write the initramfs to memory: {error.strerror}") from error
         return fd
 
-    def _load(self, cached: str | None, init: str) -> bytes:
+    def _load(self, cached: str | None) -> bytes:
         if cached is not None:
             with suppress(OSError), open(cached, "rb") as file:
                 os.utime(cached)
@@ -73,8 +74,7 @@ class Initramfs:
         writer = CpioWriter(out)
         writer.add_node("dev/console", S_IFCHR | 0o600, 5, 1)
         writer.add_node("dev/null", S_IFCHR | 0o666, 1, 3)
-        with open(init, "rb") as file:
-            writer.add_file("init", file.read(), 0o755)
+        writer.add_file("init", self._init, 0o755)
         for path in self._paths:
             writer.add_file(_inside(path), read_module(path))
         writer.close()

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from vmm.nested.qemu import Qemu
     from vmm.nested.terminal import Terminal
 
-_BOOT_S = 240.0  # a quiet machine needs 3; only a hang reaches this
 _GRACE_S = 5.0  # between a forwarded SIGTERM and the end of everything
 _DRAIN_S = 1.0  # for the last words of a machine that has ended
 _LOG_KEEP = 64 * 1024
@@ -47,6 +46,10 @@ class MachineLost(HostError):
 
 class _Ready(Exception):
     """The machine waits for its plan."""
+
+
+class _TooLate(Exception):
+    """It takes longer than it may."""
 
 
 class Signals:
@@ -130,16 +133,18 @@ class Pump:
         self._result: tuple[int, dict[str, int]] | None = None
         self._escapes: list[float] = []
 
-    def boot(self, patience: float = _BOOT_S) -> None:
-        """Until the machine waits for its plan, or for ``patience`` seconds."""
+    def boot(self, patience: float) -> bool:
+        """Until the machine waits for its plan; False when it does not after so many seconds."""
         self._boot_limit = time.monotonic() + patience
         try:
             while True:
                 self._wait()
         except _Ready:
-            pass
+            return True
+        except _TooLate:
+            return False
 
-    def run(self, patience: float = _BOOT_S) -> int:
+    def run(self, patience: float) -> int:
         """Send the plan; until the command has ended and its output is delivered. It must have
         started after ``patience`` seconds."""
         self._boot_limit = time.monotonic() + patience
@@ -154,6 +159,8 @@ class Pump:
                 self._wait()
         except Finished as end:
             return end.status
+        except _TooLate:
+            raise MachineLost("The nested machine did not start the command in time") from None
 
     def _wait(self) -> None:
         poll = select.poll()
@@ -206,7 +213,7 @@ class Pump:
         if self._grace is not None and now >= self._grace[0]:
             raise Finished(128 + self._grace[1])
         if self.started_at is None and now >= self._boot_limit:
-            raise MachineLost("The nested machine did not start the command in time")
+            raise _TooLate
 
     def _check_signals(self, ready: dict[int, int]) -> None:
         for signo in self._signals.take() if self._signals.fd in ready else []:

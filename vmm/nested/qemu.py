@@ -86,12 +86,12 @@ class Qemu:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def use_ram_file(self, path: str, memory: int, share: str) -> None:
-        """Keep RAM in a file; with ``share`` "off" the file stays as it is. In either case the
-        state written by migration can be that of the devices alone."""
-        path = path.replace(",", ",,")
-        backend = f"memory-backend-file,id=ram,size={memory},mem-path={path},share={share}"
-        self.args += ["-object", backend, "-machine", "memory-backend=ram"]
+    def use_ram_file(self, fd: int, memory: int, share: str) -> None:
+        """Keep RAM in a file, whose descriptor is owned from here on; with ``share`` "off" the
+        file stays as it is. In either case the state written by migration can be that of the
+        devices alone."""
+        backend = f"memory-backend-file,id=ram,size={memory},mem-path={self._pass(fd)}"
+        self.args += ["-object", f"{backend},share={share}", "-machine", "memory-backend=ram"]
 
     def add_monitor(self, *, incoming: bool) -> None:
         """Have ``monitor``, which waits as sockets do; with ``incoming`` it has to fill the

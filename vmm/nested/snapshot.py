@@ -20,19 +20,26 @@ if TYPE_CHECKING:
 
     from vmm.nested.qemu import Qemu
 
-_KEEP = 3  # each takes some 300 MB
+_KEEP = 4  # each takes some 300 MB
 _ROOM = 1 << 30  # free space without which none is made
 _PATIENCE_S = 60.0  # for one answer of QEMU
 _DRAFT = ".draft-"
 
+STATE, RAM = 0, 1  # in Snapshot.fds
+
 
 class Snapshot:
-    """A directory with the files ``ram`` and ``state``."""
+    """A directory with the files ``ram`` and ``state``.
 
-    __slots__ = ("path",)
+    ``fds`` are both files, open; they stay good when somebody else removes the directory.
+    Whoever uses them takes them out.
+    """
+
+    __slots__ = ("fds", "path")
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.fds: list[int] = []
 
     @property
     def ram(self) -> str:
@@ -43,28 +50,39 @@ class Snapshot:
         return os.path.join(self.path, "state")
 
     def discard(self) -> None:
-        """Remove it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove it, in one step for everybody else."""
+        while self.fds:
+            os.close(self.fds.pop())
+        dead = f"{os.path.dirname(self.path)}/{_DRAFT}{os.getpid()}-{time.monotonic_ns()}"
+        with suppress(OSError):
+            os.rename(self.path, dead)
+            shutil.rmtree(dead, ignore_errors=True)
 
-    def publish(self, key: str) -> Snapshot:
-        """Make a draft the snapshot for ``key``; the older ones beyond a few go."""
+    def publish(self, key: str) -> Snapshot | None:
+        """Make a draft the snapshot for ``key``, ready for use; the older ones beyond a few go."""
         target = os.path.join(os.path.dirname(self.path), key)
         try:
             os.rename(self.path, target)
         except OSError:
             self.discard()  # somebody else was faster: theirs is as good
         _prune(os.path.dirname(target))
-        return Snapshot(target)
+        return find(key)
 
 
 def find(key: str) -> Snapshot | None:
-    """The snapshot for ``key``, if there is one."""
+    """The snapshot for ``key``, opened, if there is one."""
     top = private_dir("nested", "snapshots")
-    found = Snapshot(os.path.join(top, key)) if top else None
-    if found is None or not os.path.exists(found.state):
+    if top is None:
         return None
-    with suppress(OSError):
+    found = Snapshot(os.path.join(top, key))
+    try:
+        for path in (found.state, found.ram):
+            found.fds.append(os.open(path, os.O_RDWR | os.O_CLOEXEC))
         os.utime(found.path)
+    except OSError:
+        while found.fds:
+            os.close(found.fds.pop())
+        return None
     return found
 
 
@@ -76,44 +94,35 @@ def draft(memory: int) -> Snapshot | None:
             return None
         made = Snapshot(os.path.join(top, f"{_DRAFT}{os.getpid()}-{time.monotonic_ns()}"))
         os.mkdir(made.path, 0o700)
-        fd = os.open(made.ram, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        os.truncate(fd, memory)
-        os.close(fd)
+        for path in (made.state, made.ram):
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            made.fds.append(os.open(path, flags, 0o600))
+        os.truncate(made.fds[RAM], memory)
     except OSError:
         return None
     return made
 
 
-def save(qemu: Qemu, target: Snapshot) -> bool:
+def save(qemu: Qemu, state: int) -> bool:
     """Write the devices' state, which stops the machine. False when QEMU cannot."""
-    partial = target.state + ".new"
     try:
-        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            monitor = _ready(qemu, fd)
-            # Migration stops the machine at its end; stopping it before would keep it stopped.
-            _command(monitor, "migrate", uri="fd:state")
-            limit = time.monotonic() + _PATIENCE_S
-            while (status := _command(monitor, "query-migrate").get("status")) != "completed":
-                if status in ("failed", "cancelled") or time.monotonic() > limit:
-                    return False
-                time.sleep(0.01)
-        finally:
-            os.close(fd)
-        os.rename(partial, target.state)
+        monitor = _ready(qemu, state)
+        # Migration stops the machine at its end; stopping it before would keep it stopped.
+        _command(monitor, "migrate", uri="fd:state")
+        limit = time.monotonic() + _PATIENCE_S
+        while (status := _command(monitor, "query-migrate").get("status")) != "completed":
+            if status in ("failed", "cancelled") or time.monotonic() > limit:
+                return False
+            time.sleep(0.01)
     except (OSError, ValueError):
         return False
     return True
 
 
-def load(qemu: Qemu, source: Snapshot) -> bool:
+def load(qemu: Qemu, state: int) -> bool:
     """Fill a machine that was started with ``incoming`` and let it run. False when QEMU cannot."""
     try:
-        fd = os.open(source.state, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            _command(_ready(qemu, fd), "migrate-incoming", uri="fd:state")
-        finally:
-            os.close(fd)
+        _command(_ready(qemu, state), "migrate-incoming", uri="fd:state")
     except (OSError, ValueError):
         return False
     return True
