@@ -6,6 +6,7 @@ import hashlib
 import os
 
 from vmm.errors import HostError
+from vmm.nested import qemu as qemu_module
 from vmm.nested import snapshot
 from vmm.nested.cache import private_dir
 from vmm.nested.image import unpacked_kernel
@@ -144,6 +145,10 @@ class Machine:
         for path in (find_qemu(), self._image):
             info = os.stat(path)
             parts += [path, info.st_size, info.st_mtime_ns]
+        # A changed option for QEMU makes another machine, so what writes the options counts.
+        for path in (__file__, qemu_module.__file__):
+            with open(path, "rb") as source:
+                parts.append(source.read())
         # The guest measured the speed of this CPU's time stamp counter.
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             first = file.read(65536).partition("\n\n")[0].splitlines()

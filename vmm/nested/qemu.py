@@ -72,7 +72,7 @@ class Qemu:
         self._theirs: list[int] = []
         self.args = [find_qemu(), "-nodefaults", "-no-user-config", "-no-reboot"]
         self.args += ["-display", "none"]
-        self.args += ["-accel", "tcg,thread=multi", "-cpu", "max,-erms,-xsave", "-M", "pc"]
+        self.args += ["-accel", "tcg,thread=multi", "-cpu", "max,-erms,-xsave"]
         self.args += ["-m", f"{memory >> 20}M", "-smp", str(cpus), "-kernel"]
         self.args += [kernel if isinstance(kernel, str) else self._pass(kernel)]
         self.args += ["-append", append, "-machine", "pc"]
