@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 TYPE_CHECKING = False
@@ -14,6 +15,7 @@ else:
 
 def main() -> int:
     """The command line of this process. Returns its exit status."""
+    _fill_standard_descriptors()
     # Until a machine is built there is nothing to undo, and Python may lose a KeyboardInterrupt
     # in the middle of an import: Ctrl-C simply ends the process.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -21,6 +23,16 @@ def main() -> int:
     from vmm.cli import main as dispatch
 
     return dispatch(sys.argv[1:])
+
+
+def _fill_standard_descriptors() -> None:
+    """A closed stdin, stdout or stderr becomes /dev/null: else the next descriptor that is
+    opened, an eventfd say, would be taken for it."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, so this one
 
 
 if __name__ == "__main__":

@@ -239,15 +239,22 @@ class Machine:
         poll.register(self._wake, select.POLLIN)
         while not self._ended():
             if poll.poll(self._poll_ms(deadline)):
-                os.eventfd_read(self._wake)
+                self._take_wake()
             self._check_panic()
             if deadline is not None and time.monotonic() >= deadline and not self._ended():
                 self._finish_late(timeout or 0.0)
+        self._signal()  # whoever else waits has been robbed of the event
         self._join()
         if self._error is not None:
             raise self._error
         self._result = self._make_result()
         return self._result
+
+    def _take_wake(self) -> None:
+        try:
+            os.eventfd_read(self._wake)
+        except BlockingIOError:
+            return  # another thread that waits was first
 
     def _ended(self) -> bool:
         with self._lock:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -71,13 +70,6 @@ def qemu_children(pid: int) -> list[int]:
             if int(fields[1]) == pid and name.startswith("qemu"):
                 found.append(int(entry.name))
     return found
-
-
-def wait_for(condition: Callable[[], object], seconds: float = DEADLINE) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def alive(pid: int) -> bool:

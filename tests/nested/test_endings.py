@@ -22,8 +22,8 @@ from tests.nested.conftest import (
     environment,
     nested,
     qemu_children,
-    wait_for,
 )
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.timeout(DEADLINE + 20)
 
@@ -34,7 +34,7 @@ DEAF = "trap '' INT TERM HUP; echo up; while :; do sleep 0.1; done"
 
 def qemu_of(process: subprocess.Popen[bytes]) -> int:
     found: list[int] = []
-    wait_for(lambda: found.extend(qemu_children(process.pid)) or found)
+    wait_for(lambda: found.extend(qemu_children(process.pid)) or found, DEADLINE)
     return found[0]
 
 
@@ -208,7 +208,7 @@ def test_on_a_terminal(tmp_path: Path) -> None:
 def test_interrupt_typed_during_the_boot() -> None:
     typist = Typist("--", "sleep", "1000")
     try:
-        wait_for(lambda: qemu_children(typist.pid))
+        wait_for(lambda: qemu_children(typist.pid), DEADLINE)
         time.sleep(0.3)
         typist.type(b"\x03")
         assert typist.end() == 130

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.nested.conftest import DEADLINE, Start, command, environment, qemu_children, wait_for
+from tests.nested.conftest import DEADLINE, Start, command, environment, qemu_children
+from tests.support.waiting import wait_for
 from vmm.nested.machine import find_parts
 
 pytestmark = pytest.mark.timeout(3 * DEADLINE)
@@ -84,7 +85,7 @@ def test_a_damaged_one_is_replaced(environ: dict[str, str]) -> None:
 
 def test_an_interrupted_one_leaves_nothing(environ: dict[str, str], start: Start) -> None:
     process = start("--memory", "900M", "--", "true", env=environ)
-    wait_for(lambda: qemu_children(process.pid))
+    wait_for(lambda: qemu_children(process.pid), DEADLINE)
     time.sleep(0.5)
     process.terminate()
     assert process.wait(20) == 143
@@ -94,7 +95,7 @@ def test_an_interrupted_one_leaves_nothing(environ: dict[str, str], start: Start
 def test_not_when_it_is_not_wanted(environ: dict[str, str], start: Start) -> None:
     without = {**environ, "VMM_NESTED_SNAPSHOT": "0"}
     process = start("--memory", "1G", "--", "echo", "up", env=without)
-    wait_for(lambda: qemu_children(process.pid))
+    wait_for(lambda: qemu_children(process.pid), DEADLINE)
     (qemu,) = qemu_children(process.pid)
     assert b"-incoming" not in Path(f"/proc/{qemu}/cmdline").read_bytes()
     assert process.wait(DEADLINE) == 0

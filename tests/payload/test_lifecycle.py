@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import tasks, wait_for
 from vmm import ConfigError, Machine, VmmError
 
 #: jmp $: runs until it is stopped.
@@ -53,7 +54,7 @@ def test_five_hundred_in_one_process_leave_nothing(payload) -> None:  # type: ig
         payload(EXIT).run()
     settle()
     fds, threads, maps = len(open_fds()), threading.active_count(), mappings()
-    tasks = len(os.listdir("/proc/self/task"))
+    known = tasks()
     names = open_fds()
     for turn in range(500):
         machine = payload(EXIT if turn % 2 else SPIN)
@@ -69,7 +70,7 @@ def test_five_hundred_in_one_process_leave_nothing(payload) -> None:  # type: ig
     settle()
     assert len(open_fds()) == fds, open_fds() - names
     assert threading.active_count() == threads
-    assert len(os.listdir("/proc/self/task")) == tasks
+    wait_for(lambda: tasks() == known)
     # Thread stacks and arenas may be kept by the C library; RAM and rings may not.
     assert mappings() <= maps + 20
 

@@ -14,16 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import tasks, wait_for
 from vmm._native import lib
 from vmm.chario import EOF, HELP, QUIT, Input, Sink, Stream, Watch
 from vmm.errors import HostError
-
-
-def wait_for(what: object, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():  # type: ignore[operator]
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.002)
 
 
 @pytest.fixture
@@ -263,13 +257,13 @@ def test_create_and_drop_leaks_nothing(stream: Stream) -> None:
     r, w = os.pipe()
 
     def held() -> tuple[int, int]:
-        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+        return len(os.listdir("/proc/self/fd")), tasks()
 
     before = held()
     for _ in range(200):
         sink = Sink(stream, w)
         sink.close()
-    wait_for(lambda: held() == before)  # a joined thread is in /proc for a moment yet
+    wait_for(lambda: held() == before)
     os.close(r)
     os.close(w)
 

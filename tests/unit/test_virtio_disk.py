@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import tasks, wait_for
 from vmm.devices.virtio.blk import Blk, parse_disk
 from vmm.errors import ConfigError, HostError
 from vmm.memory import GuestMemory
@@ -125,11 +126,11 @@ def test_the_holder_is_named(image: Path) -> None:
 def test_closing_gives_everything_back(image: Path) -> None:
     """At once: the next guest may have the disk as soon as this one is gone."""
     memory = GuestMemory([(0, 1 << 20)])
-    before, threads = open_fds(), len(os.listdir("/proc/self/task"))
+    before, threads = open_fds(), tasks()
     for turn in range(50):
         disk = Blk(str(image), direct=turn % 2 == 1)
         disk.attach(memory, None)
         disk.close()
     assert open_fds() == before
-    assert len(os.listdir("/proc/self/task")) == threads
+    wait_for(lambda: tasks() == threads)
     memory.close()
