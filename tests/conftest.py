@@ -7,6 +7,7 @@ fails unless at least one test of each class ran. The closing lines say how many
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,11 @@ CLASSES = {"payload": "payload tests", "boot": "Linux boot tests", "nested": "ne
 _ran: dict[str, int] = {}
 _skipped: dict[str, int] = {}
 _boots = [0]
+
+
+def pytest_configure() -> None:
+    # A shell starts background jobs with SIGINT ignored, which children inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def class_of(path: str) -> str | None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vmm.chardev import CharDev
     from vmm.config import MachineConfig
     from vmm.device import Device
+    from vmm.devices.pci import PciDevice
     from vmm.devices.virtio.device import VirtioDevice
     from vmm.kvm import Vm
 
@@ -53,6 +54,8 @@ class Board:
         self.devices: list[Device] = []
         #: Behind whatever transport; the transport owns them.
         self.virtio: list[VirtioDevice] = []
+        #: PCI functions that are not virtio; the host bridge takes them.
+        self.pci: list[PciDevice] = []
         #: The main console last.
         self.consoles: list[CharDev] = []
         #: Undone in reverse order when the board closes.
@@ -66,6 +69,20 @@ class Board:
             raise ValueError(f"two devices are called {device.name}")
         self.devices.append(device)
         return device
+
+    def plug_users(self) -> None:
+        """Put the devices on the board that the configuration names, in its order."""
+        from vmm.catalog import DeviceSpec
+
+        counts: dict[str, int] = {}
+        for wanted in self.config.devices:
+            if isinstance(wanted, DeviceSpec):
+                stem = wanted.kind.rpartition(":")[2].lower()
+                nr = counts[stem] = counts.get(stem, -1) + 1
+                device = wanted.build(f"{stem}{nr}", self)
+            else:
+                device = wanted
+            device.plug(self)
 
     def defer(self, cleanup: Callable[[], None]) -> None:
         """Run ``cleanup`` when the board closes, last registered first."""

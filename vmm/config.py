@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from vmm import values
+from vmm import catalog, values
 from vmm.errors import ConfigError
-from vmm.settings import OPTIONAL, SETTINGS, SWITCH, VALUE, Setting, machine_settings, nearest
+from vmm.settings import (
+    OPTIONAL,
+    SETTINGS,
+    SWITCH,
+    VALUE,
+    Setting,
+    device_setting,
+    machine_settings,
+    nearest,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -12,8 +21,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Self, TypeAlias
 
+    from vmm.device import Device
+
     Path: TypeAlias = str | os.PathLike[str]
     Disk: TypeAlias = Path | values.DiskSpec
+    AnyDevice: TypeAlias = str | catalog.DeviceSpec | Device
+    #: What the keyword of a device takes: its options, several of them, or whether it is there.
+    DeviceKeyword: TypeAlias = str | bool | Sequence[str] | None
 
 MEMORY_MIN = 1 << 20
 MEMORY_MAX = 1 << 46
@@ -47,6 +61,7 @@ class MachineConfig:
     prefault: bool
     name: str
     disks: list[values.DiskSpec]
+    devices: list[catalog.DeviceSpec | Device]
     rng: bool
     pvpanic: bool
     testdev: bool
@@ -76,6 +91,7 @@ class MachineConfig:
             prefault: bool = False,
             name: str = "vmm",
             disks: Sequence[Disk] | Disk = (),
+            devices: Sequence[AnyDevice] | AnyDevice = (),
             rng: bool = True,
             pvpanic: bool = True,
             testdev: bool = False,
@@ -84,6 +100,7 @@ class MachineConfig:
             console_limit: str | int = ...,
             timeout: str | float | None = None,
             debug_exits: bool = False,
+            **device: DeviceKeyword,
         ) -> None: ...
 
     else:
@@ -93,8 +110,8 @@ class MachineConfig:
                 given = row.dest in keywords
                 value = row.accept_all(keywords.pop(row.dest)) if given else row.initial()
                 setattr(self, row.dest, value)
-            for word in keywords:
-                raise _unknown_keyword(word)
+            for word, value in keywords.items():
+                self.devices += _device_keyword(word, value)
             if not self.timeout:
                 self.timeout = None
             if self.hugepages and self.memory_backing == "auto":
@@ -185,7 +202,31 @@ def _memory_problems(config: MachineConfig) -> list[str]:
     return []
 
 
+def _device_keyword(word: str, value: object) -> list[object]:
+    """``net="user"``, ``net=["user", "tap,ifname=tap0"]``, ``balloon=True``."""
+    row = device_setting(word)
+    if row is None:
+        raise _unknown_keyword(word)
+    if value is None or value is False:
+        return []
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return [row.read("" if item is True else _text(word, item)) for item in items]
+
+
+def _text(word: str, item: object) -> str:
+    if not isinstance(item, str):
+        raise ConfigError(f"{word}: expected its options as text, True or False, not {item!r}")
+    return item
+
+
 def _flag(row: Setting, value: object) -> str:
+    if row.dest == "devices":
+        if not isinstance(value, catalog.DeviceSpec):
+            raise ConfigError(
+                f"{getattr(value, 'name', value)} was made in this process and cannot be handed "
+                "to another; give it by --device."
+            )
+        return f"{row.name}={value}"
     if row.kind == SWITCH:
         return row.name if value else "--no-" + row.name[2:]
     if row.path:
@@ -224,16 +265,32 @@ def load_toml(path: str, command: str = "run") -> dict[str, object]:
             rows[row.name[2:].replace("-", "_")] = rows[row.dest] = row
     loaded: dict[str, object] = {}
     for key, value in table.items():
-        found = rows.get(key.replace("-", "_"))
+        found = rows.get(key.replace("-", "_")) or device_setting(key)
         if found is None:
             names = [word.replace("_", "-") for word in rows]
             raise ConfigError(
                 f"{path}: '{key}' is not a setting.{nearest(key.replace('_', '-'), names)}"
             )
-        if found.dest in loaded:
+        read = _from_toml(path, key, found, value, os.path.dirname(path))
+        if found.dest == "devices":
+            loaded["devices"] = [*loaded.get("devices", []), *read]  # type: ignore[misc]
+        elif found.dest in loaded:
             raise ConfigError(f"{path}: {found.dest} is set twice, under two of its names")
-        loaded[found.dest] = _from_toml(path, key, found, value, os.path.dirname(path))
+        else:
+            loaded[found.dest] = read
     return loaded
+
+
+def _toml_device(path: str, key: str, row: Setting, item: object, base: str) -> list[object]:
+    """``net = "user"``, ``balloon = true``, ``device = ["net,user"]``."""
+    if isinstance(item, bool) and row.name != "--device":
+        item = "" if item else None
+    if item is None:
+        return []
+    if not isinstance(item, str):
+        raise ConfigError(f"{path}: {key} must be text")
+    prefix = [] if row.name == "--device" else [row.name[2:]]
+    return [catalog.parse(",".join([*prefix, *([item] if item else [])]), base or ".")]
 
 
 def _from_toml(path: str, key: str, row: Setting, value: object, base: str) -> object:
@@ -247,6 +304,9 @@ def _from_toml(path: str, key: str, row: Setting, value: object, base: str) -> o
         # A number means what it means on the command line.
         if isinstance(item, (int, float)) and not isinstance(item, bool):
             item = str(item)
+        if row.dest == "devices":
+            done += _toml_device(path, key, row, item, base)
+            continue
         if not isinstance(item, str):
             raise ConfigError(f"{path}: {key} must be {'text' if row.kind == VALUE else OPTIONAL}")
         read = row.read(item, f"{path}: {key} =")

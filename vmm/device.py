@@ -6,7 +6,10 @@ from vmm._native import ffi, lib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Self
+
+    from vmm.board import Board
+    from vmm.options import Field, Options
 
 
 class Device:
@@ -19,6 +22,20 @@ class Device:
 
     #: Unique in a machine; messages and --dry-run use it.
     name: str = "device"
+    #: One sentence for --help; the options a user may give (vmm/options.py).
+    HELP: str = ""
+    OPTIONS: tuple[Field, ...] = ()
+
+    @classmethod
+    def from_options(cls, options: Options, board: Board) -> Self:
+        """One as the user asked for it; each of OPTIONS is an attribute of ``options``. The
+        board is there to look at. Raises ConfigError, HostError."""
+        return cls()
+
+    def plug(self, board: Board) -> None:
+        """Take a place on the board, which owns the device from here on. For a device that a
+        user may add; the others are placed by the architecture."""
+        board.add(self)
 
     def read(self, offset: int, size: int) -> int:
         """What is not decoded reads as all ones."""

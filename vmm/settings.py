@@ -7,13 +7,15 @@ in MachineConfig; a test compares them.
 
 from __future__ import annotations
 
-from vmm import values
+from vmm import catalog, options, values
 from vmm.errors import ConfigError
 from vmm.values import MIB
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from vmm.device import Device
 
 #: How a flag takes its value: not at all (a switch, with a --no- twin), always, or only as
 #: --flag=value.
@@ -99,6 +101,8 @@ class Setting:
             if path in values.TARGETS:
                 path = "./" + path
             return self.read(path.replace(",", ",,") if self.dest == "disks" else path)
+        if self.dest == "devices" and hasattr(value, "plug"):
+            return value  # a Device, made by the caller
         if isinstance(value, self.types) and (type(value) is not bool or bool in self.types):
             return value
         return self._refuse(value)
@@ -212,6 +216,14 @@ SETTINGS = (
         "page cache. A comma in a name is written twice. The first is /dev/vda.",
         parse=values.parse_disk, metavar="PATH[,ro][,serial=ID][,direct]", repeatable=True,
         path=True, types=(str, values.DiskSpec),
+    ),
+    Setting(
+        "devices", "--device", "Devices",
+        "A device by its name: one of those below (--net user is short for --device net,user), "
+        "one that an installed package offers, or a class of your own as FILE.py:CLASS or "
+        "MODULE:CLASS. A comma in a value is written twice.",
+        parse=catalog.parse, metavar="NAME[,OPTION...]", repeatable=True, path=True,
+        types=(catalog.DeviceSpec,), aliases="-device",
     ),
     Setting(
         "rng", "--rng", "Devices",
@@ -350,6 +362,40 @@ SETTINGS = (
         kind=SWITCH, default=False, machine=False, commands=ALL,
     ),
 )  # fmt: skip
+
+
+def device_setting(flag: str) -> Setting | None:
+    """The row of a device of vmm's own, made from its class: ``--net`` adds to ``devices``."""
+    name = flag.removeprefix("--").replace("_", "-")
+    cls = catalog.builtin(name)
+    if cls is None:
+        return None
+
+    def parse(text: str) -> catalog.DeviceSpec:
+        return catalog.parse(f"{name},{text}" if text else name)
+
+    fields = cls.OPTIONS
+    needs = any(field.required or field.first for field in fields)
+    return Setting(
+        "devices", f"--{name}", "Devices", device_help(cls), parse=parse, repeatable=True,
+        metavar=options.usage(fields) or "", path=True, kind=VALUE if needs else OPTIONAL,
+        default_text="", types=(catalog.DeviceSpec,),
+    )  # fmt: skip
+
+
+def device_help(cls: type[Device]) -> str:
+    """A device's sentence and its options."""
+    parts = [cls.HELP]
+    for field in cls.OPTIONS:
+        word = field.name if field.parse is None else f"{field.name}={field.metavar}"
+        default = "" if field.default in (None, False) else f" (default: {field.default})"
+        parts.append(f"{word}: {field.help}{default}.")
+    return " ".join(parts)
+
+
+def device_settings() -> list[Setting]:
+    """The rows of all devices of vmm's own, for help."""
+    return [row for name in catalog.builtins() if (row := device_setting(name)) is not None]
 
 
 def of_command(command: str) -> list[Setting]:

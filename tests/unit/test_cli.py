@@ -111,6 +111,7 @@ def test_a_command_follows_the_flags_of_nested() -> None:
 
 def test_every_flag_of_every_row_is_parsed() -> None:
     samples = {"memory": "1G", "cpus": "2", "timeout": "3", "console_limit": "1", "cpu": "host"}
+    samples["devices"] = "vmm.devices.port80:Port80"
     for command in ("run", "nested", "doctor"):
         for row in of_command(command):
             value = samples.get(row.dest, row.choices[0] if row.choices else "x")

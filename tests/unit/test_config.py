@@ -222,6 +222,7 @@ def test_toml_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_every_key_is_understood_in_toml(tmp_path: Path) -> None:
     samples = {"memory": "1G", "cpus": 2, "timeout": 3, "console_limit": 1, "cpu": "host"}
+    samples["devices"] = "vmm.devices.port80:Port80"
     for row in SETTINGS:
         if row.dest in ("config", "help") or "run" not in row.commands:
             continue

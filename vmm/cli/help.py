@@ -9,7 +9,7 @@ import textwrap
 
 from vmm.cli import COMMANDS
 from vmm.errors import ConfigError
-from vmm.settings import OPTIONAL, SWITCH, Setting, nearest, of_command
+from vmm.settings import OPTIONAL, SWITCH, Setting, device_settings, nearest, of_command
 
 USAGE = {
     "run": "vmm run -k KERNEL [FLAG]...",
@@ -69,7 +69,7 @@ def spelling(row: Setting) -> str:
     if row.kind == SWITCH and row.default is True:
         return text.replace("--", "--[no-]")
     if row.kind == OPTIONAL:
-        return f"{text}[={row.metavar}]"
+        return f"{text}[={row.metavar}]" if row.metavar else text
     return text if row.kind == SWITCH else f"{text} {row.metavar}"
 
 
@@ -96,6 +96,8 @@ def _groups(command: str) -> dict[str, list[Setting]]:
     groups: dict[str, list[Setting]] = {}
     for row in of_command(command):
         groups.setdefault(row.group, []).append(row)
+        if row.dest == "devices":
+            groups[row.group] += device_settings()
     return groups
 
 

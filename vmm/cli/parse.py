@@ -9,7 +9,7 @@ takes longer than everything here.
 from __future__ import annotations
 
 from vmm.errors import ConfigError
-from vmm.settings import OPTIONAL, SWITCH, Setting, nearest, of_command
+from vmm.settings import OPTIONAL, SWITCH, Setting, device_setting, nearest, of_command
 
 
 class Parsed:
@@ -52,6 +52,10 @@ def parse(argv: list[str], command: str, *, takes_rest: bool = False) -> Parsed:
         flag, equals, value = arg.partition("=")
         if flag not in known and "-" + flag in known and len(flag) > 2:
             flag = "-" + flag
+        if flag not in known and "devices" in {row.dest for row, _ in known.values()}:
+            row = device_setting(flag.lstrip("-")) if len(flag) > 2 else None
+            if row is not None:
+                known[flag] = (row, True)
         if flag in known:
             _take(parsed, known[flag], flag, value if equals else None, queue)
         elif not arg.startswith("--") and arg[:2] in known:
@@ -74,7 +78,7 @@ def _take(
         parsed.values[row.dest] = meaning
         return
     if row.kind == OPTIONAL:
-        value = row.choices[0] if value is None else value
+        value = "".join(row.choices[:1]) if value is None else value
     elif value is None:
         if not queue:
             raise ConfigError(f"{flag} needs a value: {flag} {row.metavar}.")

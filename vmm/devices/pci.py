@@ -14,6 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from vmm.board import Board
     from vmm.irq import IrqLine
 
 # Registers of the type 0 header. PCI-3.0 §6.1.
@@ -97,6 +98,9 @@ class PciDevice(Device):
         self.watch(COMMAND, COMMAND_MEMORY | COMMAND_INTX_DISABLE, 2)
 
     # -- construction
+
+    def plug(self, board: Board) -> None:
+        board.pci.append(self)
 
     def _put(self, reg: int, value: int, size: int) -> None:
         self._image[reg : reg + size] = value.to_bytes(size, "little")

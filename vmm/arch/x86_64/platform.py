@@ -15,6 +15,7 @@ from vmm.devices.serial import Serial
 from vmm.devices.virtio.blk import Blk
 from vmm.devices.virtio.console import Console as VirtioConsole
 from vmm.devices.virtio.rng import Rng
+from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def build(board: Board) -> None:
     _serial(board)
     if board.config.testdev:
         _testdev(board)
-    devices = board.virtio = _virtio_devices(board)
+    devices = _virtio_devices(board)
     if board.config.transport == "mmio":
         _on_mmio(board, devices)
     else:
@@ -76,7 +77,7 @@ def hardware(board: Board, apic_ids: Sequence[int]) -> acpi.Hardware:
             0,
             (layout.PCI_MMIO32, layout.PCI_MMIO32_SIZE),
             gsis=PCI_GSIS,
-            slots=1 + len(board.virtio),
+            slots=1 + len(board.virtio) + len(board.pci),
         )
     return acpi.Hardware(
         apic_ids,
@@ -176,7 +177,7 @@ def _testdev(board: Board) -> None:
 
 def _virtio_devices(board: Board) -> list[VirtioDevice]:
     config = board.config
-    devices: list[VirtioDevice] = []
+    devices = board.virtio
     try:
         for nr, disk in enumerate(config.disks):
             devices.append(
@@ -194,11 +195,13 @@ def _virtio_devices(board: Board) -> list[VirtioDevice]:
             devices.append(VirtioConsole(port.stream, port.input))
         if config.rng:
             devices.append(Rng())
+        board.plug_users()
         for device in devices:
             device.attach(board.memory, board.loop)
     except BaseException:
         for device in devices:
             device.close()
+        board.virtio = []
         raise
     return devices
 
@@ -212,6 +215,8 @@ def _on_mmio(board: Board, devices: list[VirtioDevice]) -> None:
 
     # With PCI this port lies inside the host bridge's, which passes it on.
     board.pio.insert(RESET, ResetPort.SIZE, board.add(ResetPort(_ends(board, "reset"))))
+    if board.pci:
+        raise ConfigError(f"{board.pci[0].name} is a PCI device; it needs --transport pci.")
     notifier = Notifier(board.vm)
     for nr, device in enumerate(devices):
         base = layout.virtio_mmio(nr)
@@ -238,4 +243,6 @@ def _on_pci(board: Board, devices: list[VirtioDevice]) -> None:
     notifier = Notifier(board.vm, any_length=any_length)
     for device in devices:
         host.add(VirtioPci(device, board.memory, board.irqchip, notifier))
+    for function in board.pci:
+        host.add(function)
     host.place()

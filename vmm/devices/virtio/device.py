@@ -17,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from vmm.board import Board
     from vmm.devices.virtio.transport import QueueConfig, QueueIrqs
     from vmm.memory import GuestMemory
 
@@ -54,6 +55,9 @@ class VirtioDevice(Device):
         self._active = False
         self._reports = [ffi.new("struct vmm_service_report *") for _ in self.QUEUE_SIZES]
         self._kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in self.QUEUE_SIZES]
+
+    def plug(self, board: Board) -> None:
+        board.virtio.append(self)  # a transport takes it from there
 
     # ---- what a device fills in ----------------------------------------------------------------
 
