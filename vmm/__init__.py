@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from vmm.config import MachineConfig as MachineConfig
     from vmm.console import Console as Console
     from vmm.device import Device as Device
+    from vmm.devices.user import Interrupt as Interrupt
+    from vmm.devices.user import MmioDevice as MmioDevice
+    from vmm.devices.user import PioDevice as PioDevice
+    from vmm.devices.virtio.python import PythonVirtioDevice as PythonVirtioDevice
+    from vmm.devices.virtio.python import VirtioRequest as VirtioRequest
     from vmm.errors import BootError as BootError
     from vmm.errors import ConfigError as ConfigError
     from vmm.errors import GuestError as GuestError
@@ -22,6 +27,8 @@ if TYPE_CHECKING:
     from vmm.errors import VmmError as VmmError
     from vmm.machine import Machine as Machine
     from vmm.memory import GuestMemory as GuestMemory
+    from vmm.options import Field as Field
+    from vmm.options import Options as Options
     from vmm.result import RunResult as RunResult
 
 __version__ = "0.1.0"
@@ -31,6 +38,13 @@ _HOMES = {
     "MachineConfig": "config",
     "Console": "console",
     "Device": "device",
+    "Interrupt": "devices.user",
+    "MmioDevice": "devices.user",
+    "PioDevice": "devices.user",
+    "PythonVirtioDevice": "devices.virtio.python",
+    "VirtioRequest": "devices.virtio.python",
+    "Field": "options",
+    "Options": "options",
     "BootError": "errors",
     "ConfigError": "errors",
     "GuestError": "errors",
@@ -52,6 +66,13 @@ __all__ = [  # noqa: RUF022 - in the order a reader wants them
     "RunResult",
     "Console",
     "Device",
+    "PioDevice",
+    "MmioDevice",
+    "Interrupt",
+    "PythonVirtioDevice",
+    "VirtioRequest",
+    "Field",
+    "Options",
     "GuestMemory",
     "VmmError",
     "ConfigError",

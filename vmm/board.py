@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from vmm._native import ffi, lib
 from vmm.bus import Bus
-from vmm.errors import HostError
+from vmm.errors import ConfigError, HostError
 from vmm.irq import IrqChip
 from vmm.memory import GuestMemory
 
@@ -23,9 +23,32 @@ if TYPE_CHECKING:
     from vmm.device import Device
     from vmm.devices.pci import PciDevice
     from vmm.devices.virtio.device import VirtioDevice
+    from vmm.irq import IrqLine
     from vmm.kvm import Vm
 
     D = TypeVar("D", bound=Device)
+
+
+PAGE = 4096
+
+
+class Announced:
+    """A device that the guest can only find by being told: its ACPI hardware id, (base, size) of
+    its memory and of its ports, in bytes, and the GSIs it raises, level-triggered."""
+
+    __slots__ = ("gsis", "hid", "memory", "ports")
+
+    def __init__(
+        self,
+        hid: str,
+        memory: list[tuple[int, int]],
+        ports: list[tuple[int, int]],
+        gsis: list[int],
+    ) -> None:
+        self.hid = hid
+        self.memory = memory
+        self.ports = ports
+        self.gsis = gsis
 
 
 class Board:
@@ -58,15 +81,27 @@ class Board:
         self.pci: list[PciDevice] = []
         #: The main console last.
         self.consoles: list[CharDev] = []
+        #: For devices without a place of their own: (base, size) of memory and the GSIs of
+        #: level-triggered lines. The architecture fills both in.
+        self.spare_mmio: tuple[int, int] = (0, 0)
+        self.spare_gsis: tuple[int, ...] = ()
+        #: What the hardware description says of them.
+        self.announced: list[Announced] = []
+        #: GSI by device name, of ``irq_line``.
+        self.wired: dict[str, int] = {}
+        self._spare_used = 0
+        self._lines: dict[int, IrqLine] = {}
         #: Undone in reverse order when the board closes.
         self._cleanups: list[Callable[[], None]] = []
         #: What the guest asked for, told to the machine: ("poweroff", 0), ("exit", status), …
         self.on_end: Callable[[str, int], None] = lambda reason, status: None
+        #: A device's own thread raised, which ends the machine. Any thread.
+        self.on_error: Callable[[BaseException], None] = lambda error: None
 
     def add(self, device: D) -> D:
         """Take ownership of a device; it is closed with the board."""
         if any(d.name == device.name for d in self.devices):
-            raise ValueError(f"two devices are called {device.name}")
+            raise ConfigError(f"Two devices are called {device.name}; give one another name.")
         self.devices.append(device)
         return device
 
@@ -82,7 +117,48 @@ class Board:
                 device = wanted.build(f"{stem}{nr}", self)
             else:
                 device = wanted
+                if device.name == type(device).name == "device":
+                    stem = type(device).__name__.lower()
+                    nr = counts[stem] = counts.get(stem, -1) + 1
+                    device.name = f"{stem}{nr}"
             device.plug(self)
+
+    def mmio_window(self, size: int) -> int:
+        """The guest-physical address of ``size`` bytes that nothing else answers, aligned to the
+        next power of two and to pages. Raises ConfigError when there are none."""
+        base, room = self.spare_mmio
+        align = max(PAGE, 1 << (size - 1).bit_length())
+        at = (base + self._spare_used + align - 1) & -align
+        if size <= 0 or at + align > base + room:
+            raise ConfigError(
+                f"There is no room for a device with {size:#x} bytes of memory-mapped registers; "
+                f"{max(0, room - self._spare_used):#x} are left."
+            )
+        self._spare_used = at + align - base
+        return at
+
+    def irq_line(self, name: str) -> IrqLine:
+        """A level-triggered interrupt for the device of that name, which closes it; more devices
+        than lines share them. Raises ConfigError when the machine has none."""
+        if not self.spare_gsis:
+            raise ConfigError(f"This machine has no interrupt for {name}.")
+        gsi = self.spare_gsis[len(self.wired) % len(self.spare_gsis)]
+        self.wired[name] = gsi
+        if gsi not in self._lines:
+            self._lines[gsi] = self.irqchip.line(gsi)
+            self.defer(self._lines[gsi].close)
+        return self._lines[gsi].share()
+
+    def announce(
+        self,
+        hid: str,
+        *,
+        memory: list[tuple[int, int]] | None = None,
+        ports: list[tuple[int, int]] | None = None,
+        gsis: list[int] | None = None,
+    ) -> None:
+        """Have the hardware description name a device; see Announced."""
+        self.announced.append(Announced(hid, memory or [], ports or [], gsis or []))
 
     def defer(self, cleanup: Callable[[], None]) -> None:
         """Run ``cleanup`` when the board closes, last registered first."""

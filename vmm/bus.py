@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 
 from vmm._native import ffi, lib
+from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 MAX_UNCLAIMED = 64
 
 
-class Overlap(ValueError):
+class Overlap(ConfigError, ValueError):
     """Two devices claim the same address; a fault of the machine's layout, not of the guest."""
 
 
@@ -51,7 +52,7 @@ class Bus:
             if other[0] < base + size and base < other[0] + other[1]:
                 raise Overlap(
                     f"{device.name} at {base:#x}+{size:#x} overlaps "
-                    f"{other[2].name} at {other[0]:#x}+{other[1]:#x} on the {self.name} bus"
+                    f"{other[2].name} at {other[0]:#x}+{other[1]:#x} on the {self.name} bus."
                 )
         face = device.native() if offset == 0 and self._native is not None else ffi.NULL
         if face != ffi.NULL:

@@ -108,6 +108,7 @@ class Machine:
         board = Board(self.config, self._memory, self._chip, vm=vm, native_vm=self._native)
         self._board = board
         board.on_end = self._guest_end
+        board.on_error = self._on_error
         self._arch.build(board)
         self._image = self._arch.load(board)
         plan = self._arch.vcpu_plan(kvm, self.config)

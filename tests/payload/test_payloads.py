@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from vmm import Machine
+from vmm.catalog import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = ROOT / "build" / "guests"
@@ -34,6 +35,7 @@ def options(row: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
         "append": row.get("append", ""),
         "initrds": modules,
         "transport": row.get("transport", "pci"),
+        "devices": [parse(text, str(ROOT)) for text in row.get("devices", [])],
         "timeout": row["timeout"],
         "testdev": True,
     }

@@ -6,6 +6,7 @@
              0x20000 command line · 0x9fc00 reserved (EBDA, VGA) · 0xe0000 ACPI tables
 0xc000_0000  PCI MMIO, 32-bit
 0xe000_0000  PCI ECAM
+0xf000_0000  devices that a user brings
 0xfeb0_0000  virtio-mmio · 0xfec0_0000 I/O APIC · 0xfee0_0000 local APIC · 0xfeff_c000 KVM's own
 0xff00_0000  the test device's window
 0x1_0000_0000  the rest of RAM, then PCI MMIO, 64-bit
@@ -49,6 +50,8 @@ PCI_MMIO32 = 0xC000_0000
 PCI_MMIO32_SIZE = 0x2000_0000
 ECAM = 0xE000_0000
 ECAM_SIZE = 0x1000_0000
+USER_MMIO = 0xF000_0000
+USER_MMIO_SIZE = 0x0800_0000
 VIRTIO_MMIO = 0xFEB0_0000
 VIRTIO_MMIO_STRIDE = 0x1000
 VIRTIO_MMIO_MAX = 32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vmm.arch.x86_64 import acpi, layout
+from vmm.arch.x86_64 import acpi, aml, layout
 from vmm.board import Notifier
 from vmm.chardev import CharDev
 from vmm.devices.acpi_pm import AcpiPm, ResetPort
@@ -39,6 +39,9 @@ ECAM_BUS = 1 << 20
 
 def build(board: Board) -> None:
     """Everything a machine of this configuration has."""
+    board.spare_mmio = (layout.USER_MMIO, layout.USER_MMIO_SIZE)
+    # Pins that the other transport would use: an edge and a level cannot share one.
+    board.spare_gsis = PCI_GSIS if board.config.transport == "mmio" else MMIO_GSIS
     _legacy(board)
     _serial(board)
     if board.config.testdev:
@@ -92,13 +95,39 @@ def hardware(board: Board, apic_ids: Sequence[int]) -> acpi.Hardware:
         rtc=True,
         pm_base=PM_BASE,
         sci=SCI,
+        extra=_announced(board),
     )
+
+
+def _announced(board: Board) -> list[bytes]:
+    """Devices that say of themselves what the guest shall know them by."""
+    used = list(board.wired.values())
+    found = []
+    for nr, device in enumerate(board.announced):
+        resources = [aml.memory32_fixed(base, size) for base, size in device.memory]
+        for first, size in device.ports:
+            # One descriptor holds 255 ports at most.
+            end = first + size
+            resources += [aml.io(port, min(128, end - port)) for port in range(first, end, 128)]
+        resources += [
+            aml.interrupt(gsi, level=True, shared=used.count(gsi) > 1) for gsi in device.gsis
+        ]
+        found.append(
+            aml.device(
+                f"U{nr:03X}",
+                aml.name("_HID", aml.string(device.hid)),
+                aml.name("_UID", aml.integer(nr)),
+                aml.name("_CRS", aml.resources(*resources)),
+            )
+        )
+    return found
 
 
 def interrupts(board: Board) -> dict[str, str]:
     """What raises interrupts, by device name, and how. For --dry-run."""
     wired = {"serial0": COM1_IRQ, "rtc": RTC_IRQ, "acpi-pm": SCI}
     found = {d.name: f"GSI {wired[d.name]}" for d in board.devices if d.name in wired}
+    found |= {name: f"GSI {gsi}" for name, gsi in board.wired.items()}
     for base, _, device in board.mmio.ranges():
         if layout.VIRTIO_MMIO <= base < layout.IOAPIC:
             slot = (base - layout.VIRTIO_MMIO) // layout.VIRTIO_MMIO_STRIDE

@@ -1,0 +1,45 @@
+"""Devices written in Python, under a real kernel: the examples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.boot.conftest import Boot
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "devices"
+
+
+@pytest.mark.parametrize("transport", ["pci", "mmio"])
+def test_the_stock_console_driver_talks_to_python(boot: Boot, transport: str) -> None:
+    script = """\
+for i in 1 2 3 4 5 6 7 8; do [ -c /dev/hvc0 ] && break; sleep 0.2; done
+exec 3<>/dev/hvc0
+stty raw -echo <&3
+printf 'hello from a guest\\n' >&3
+read heard <&3
+echo "heard=$heard"
+"""
+    booted = boot(script, devices=f"{EXAMPLES}/shout.py:Shout", transport=transport).ok()
+    assert booted.value("heard") == "HELLO FROM A GUEST"
+    assert [d.unclaimed() for d in booted.machine.devices if d.name == "shout0"] == [None]
+
+
+def test_the_kernel_finds_registers_by_acpi(boot: Boot) -> None:
+    """A platform device with its memory; the registers answer."""
+    script = """\
+echo "path=$(cat /sys/bus/acpi/devices/VMMX0001:00/path)"
+where=$(grep VMMX0001:00 /proc/iomem)
+echo "where=$where"
+base=0x$(echo $where | cut -d- -f1)
+echo "before=$(devmem $base 32)"
+devmem $base 32 1
+n=0x00000000
+while [ $n = 0x00000000 ]; do n=$(devmem $base 32); done
+echo "after=$n"
+"""
+    booted = boot(script, devices=f"{EXAMPLES}/alarm.py:Alarm").ok()
+    assert booted.value("path") == r"\_SB_.U000"
+    assert booted.value("where").startswith("f0000000-f0000007")
+    assert (booted.value("before"), booted.value("after")) == ("0x00000000", "0x00000001")
