@@ -38,6 +38,25 @@ void *vmm_mem_at(const struct vmm_mem *mem, uint64_t gpa, uint64_t len);
 int vmm_mem_read(const struct vmm_mem *mem, uint64_t gpa, void *dst, uint64_t len);
 int vmm_mem_write(const struct vmm_mem *mem, uint64_t gpa, const void *src, uint64_t len);
 
+/* One range of the table. advice: what gives its memory back to the host, MADV_DONTNEED (private)
+ * or MADV_REMOVE (a shared file), in whole pages of `page` bytes; page is 0 while it may not be. */
+struct vmm_ram {
+	uint64_t gpa, size;
+	uint8_t *hva;
+	uint32_t page;
+	int advice;
+};
+
+/* Allow the range that starts at gpa to be given back, before the guest runs; page is a power of
+ * two. -ENOENT, -EINVAL. */
+int vmm_mem_lend(struct vmm_mem *mem, uint64_t gpa, uint32_t page, int advice);
+/* The nr-th range by address, or -ENOENT past the last. */
+int vmm_mem_range(const struct vmm_mem *mem, uint32_t nr, struct vmm_ram *out);
+/* Give the whole pages within [gpa, gpa+len) back to the host: from now on they read as zeros and
+ * cost nothing until they are touched. Bytes given back, 0 for a range that may not be; -EFAULT
+ * unless all of it lies in one range, or what madvise(2) said. */
+int64_t vmm_mem_discard(const struct vmm_mem *mem, uint64_t gpa, uint64_t len);
+
 /* ---- buses: ranges that C answers without Python ------------------------------------------ */
 
 struct vmm_bus;

@@ -12,14 +12,9 @@
 /* A huge page on every architecture we know: RAM starts on one so that THP can back it. */
 #define RAM_ALIGN (2ULL << 20)
 
-struct ram {
-	uint64_t gpa, size;
-	uint8_t *hva;
-};
-
 struct vmm_mem {
 	uint32_t nr;
-	struct ram ram[MAX_RANGES]; /* sorted by gpa, disjoint */
+	struct vmm_ram ram[MAX_RANGES]; /* sorted by gpa, disjoint */
 };
 
 /* The reservation is size rounded up, plus one RAM_ALIGN of guard before and after. */
@@ -95,7 +90,7 @@ int vmm_mem_add(struct vmm_mem *mem, uint64_t gpa, uint64_t size, void *hva)
 	if (at < mem->nr && gpa + size > mem->ram[at].gpa)
 		return -EEXIST;
 	memmove(&mem->ram[at + 1], &mem->ram[at], (mem->nr - at) * sizeof(mem->ram[0]));
-	mem->ram[at] = (struct ram){ gpa, size, hva };
+	mem->ram[at] = (struct vmm_ram){ .gpa = gpa, .size = size, .hva = hva };
 	mem->nr++;
 	return 0;
 }
@@ -103,7 +98,7 @@ int vmm_mem_add(struct vmm_mem *mem, uint64_t gpa, uint64_t size, void *hva)
 void *vmm_mem_at(const struct vmm_mem *mem, uint64_t gpa, uint64_t len)
 {
 	for (uint32_t i = 0; i < mem->nr; i++) {
-		const struct ram *r = &mem->ram[i];
+		const struct vmm_ram *r = &mem->ram[i];
 
 		/* Subtractions only: gpa + len may wrap, these cannot. */
 		if (gpa >= r->gpa && gpa - r->gpa < r->size)
@@ -116,7 +111,7 @@ void *vmm_mem_at(const struct vmm_mem *mem, uint64_t gpa, uint64_t len)
 static uint64_t run_length(const struct vmm_mem *mem, uint64_t gpa, uint64_t len)
 {
 	for (uint32_t i = 0; i < mem->nr; i++) {
-		const struct ram *r = &mem->ram[i];
+		const struct vmm_ram *r = &mem->ram[i];
 
 		if (gpa >= r->gpa && gpa - r->gpa < r->size) {
 			const uint64_t left = r->size - (gpa - r->gpa);
@@ -159,6 +154,55 @@ int vmm_mem_read(const struct vmm_mem *mem, uint64_t gpa, void *dst, uint64_t le
 int vmm_mem_write(const struct vmm_mem *mem, uint64_t gpa, const void *src, uint64_t len)
 {
 	return copy(mem, gpa, (uint8_t *)(uintptr_t)src, len, true);
+}
+
+int vmm_mem_lend(struct vmm_mem *mem, uint64_t gpa, uint32_t page, int advice)
+{
+	if (!page || (page & (page - 1)))
+		return -EINVAL;
+	for (uint32_t i = 0; i < mem->nr; i++) {
+		struct vmm_ram *r = &mem->ram[i];
+
+		if (r->gpa != gpa)
+			continue;
+		r->page = page;
+		r->advice = advice;
+		return 0;
+	}
+	return -ENOENT;
+}
+
+int vmm_mem_range(const struct vmm_mem *mem, uint32_t nr, struct vmm_ram *out)
+{
+	if (nr >= mem->nr)
+		return -ENOENT;
+	*out = mem->ram[nr];
+	return 0;
+}
+
+int64_t vmm_mem_discard(const struct vmm_mem *mem, uint64_t gpa, uint64_t len)
+{
+	for (uint32_t i = 0; i < mem->nr; i++) {
+		const struct vmm_ram *r = &mem->ram[i];
+		uint64_t start, end;
+
+		if (gpa < r->gpa || gpa - r->gpa >= r->size)
+			continue;
+		start = gpa - r->gpa;
+		if (len > r->size - start)
+			return -EFAULT;
+		if (!r->page)
+			return 0;
+		/* A page that is only partly meant stays: it has somebody else's bytes too. */
+		end = (start + len) & ~(uint64_t)(r->page - 1);
+		start = (start + r->page - 1) & ~(uint64_t)(r->page - 1);
+		if (start >= end)
+			return 0;
+		/* SAFETY: within the range; nothing is read or written, the kernel drops pages. */
+		return madvise(r->hva + start, end - start, r->advice) ? -errno
+								       : (int64_t)(end - start);
+	}
+	return -EFAULT;
 }
 
 int vmm_madvise(void *addr, uint64_t len, int advice)

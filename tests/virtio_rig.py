@@ -18,8 +18,8 @@ TRANSPORTS = ("mmio", "pci")
 class Rig(virtio_mock.Rig):
     """Owns the memory and the I/O thread too."""
 
-    def __init__(self, device: VirtioDevice, transport: str) -> None:
-        memory = GuestMemory([(0, RAM), (HIGH, 1 << 20)])
+    def __init__(self, device: VirtioDevice, transport: str, *, backing: str = "anon") -> None:
+        memory = GuestMemory([(0, RAM), (HIGH, 1 << 20)], backing=backing)
         self.loop = lib.vmm_loop_create()
         device.attach(memory, self.loop)
         super().__init__(transport, device, memory)

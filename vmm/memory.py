@@ -51,6 +51,10 @@ class GuestMemory:
         try:
             if backing != "anon":
                 self.fd = _memfd(self.size, hugetlb=backing == "hugetlb")
+            #: Bytes of a host page, the least that can be given back.
+            self.page = os.sysconf("SC_PAGE_SIZE")
+            if backing == "hugetlb":
+                self.page = os.fstatvfs(self.fd).f_bsize
             offset = 0
             for gpa, size in ranges:
                 self._map(gpa, size, offset)
@@ -68,6 +72,9 @@ class GuestMemory:
         rc = lib.vmm_mem_add(self.table, gpa, size, ptr)
         if rc:
             raise ValueError(f"RAM range {gpa:#x}+{size:#x}: {os.strerror(-rc)}")
+        shared = self.fd >= 0
+        advice = lib.MADV_REMOVE if shared else lib.MADV_DONTNEED
+        lib.vmm_mem_lend(self.table, gpa, self.page, advice)
 
     def close(self) -> None:
         """Unmap everything. No vCPU or I/O thread may still use the memory."""

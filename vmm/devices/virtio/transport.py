@@ -31,6 +31,8 @@ vmm_virtio_fail(native) may be called on any thread.
 
 from __future__ import annotations
 
+import threading
+
 from vmm._native import ffi, lib
 
 TYPE_CHECKING = False
@@ -102,6 +104,8 @@ class VirtioTransport:
         self.device = device
         self.queues = len(device.QUEUE_SIZES)
         self.active = False
+        #: Whoever publishes last publishes the newest.
+        self._publishing = threading.Lock()
         self.native = lib.vmm_virtio_create(
             memory.table,
             device.DEVICE_ID,
@@ -175,6 +179,8 @@ class VirtioTransport:
         return QueueConfig(q.size, q.desc, q.driver, q.device) if q.enabled else None
 
     def _publish(self, *, notify: bool) -> None:
-        config = bytes(self.device.config)
-        if lib.vmm_virtio_config(self.native, config, len(config), int(notify)):
+        with self._publishing:
+            config = bytes(self.device.config)
+            rc = lib.vmm_virtio_config(self.native, config, len(config), int(notify))
+        if rc:
             raise ValueError(f"{self.device.name}: {len(config)} bytes of configuration space")
