@@ -15,6 +15,7 @@ from guests.fetch import fetch
 from tests.linux import can_boot_linux
 
 ROOT = Path(__file__).resolve().parent.parent
+GIB_KB = 1 << 20
 MATRIX = "tests/boot/test_matrix.py"
 
 
@@ -32,15 +33,25 @@ def main() -> int:
     return max(run([*flags, *part]) for part in parts)
 
 
+def host_memory() -> str:
+    """Of the emulated host. The largest guest has 5 GiB and huge pages, what tests write is in
+    memory too, and a host that is short of memory reads its programs again and again."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free_kb = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return "10G" if free_kb > 13 * GIB_KB else "6G"
+
+
 def run(arguments: list[str]) -> int:
     """pytest with these arguments, where Linux boots."""
-    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    # Temporary files are in the emulated host's memory.
+    tests += ["-o", "tmp_path_retention_policy=failed", *arguments]
     environment = {**os.environ, "VMM_REQUIRE": "boot"}
     if can_boot_linux():
         return subprocess.call(tests, cwd=ROOT, env=environment)
     names = [name for name in environment if name.startswith(("VMM_", "PYTHON", "CI"))]
     env = [f"--env={name}" for name in names]
-    command = [sys.executable, "-m", "vmm", "nested", "--memory", "6G", *env, "--", *tests]
+    command = [sys.executable, "-m", "vmm", "nested", "--memory", host_memory(), *env, "--", *tests]
     return subprocess.call(command, cwd=ROOT, env=environment)
 
 

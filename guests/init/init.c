@@ -159,7 +159,7 @@ static const struct {
 	{ "env", 0, do_env },	      { "cwd", 1, do_cwd },	    { "ids", 2, do_ids },
 	{ "limits", 2, do_limits },   { "stdio", 3, do_stdio },	    { "tty", 3, do_tty },
 	{ "clock", 2, do_clock },     { "entropy", 1, do_entropy }, { "await", 0, do_await },
-	{ "run", 0, do_run },
+	{ "kvm", 0, do_kvm },	      { "run", 0, do_run },
 };
 
 static char *read_plan(const char *path, size_t *size)

@@ -46,6 +46,7 @@ void do_hostname(char **arg, size_t count);
 void do_loopback(char **arg, size_t count);
 void do_clock(char **arg, size_t count);
 void do_entropy(char **arg, size_t count);
+void do_kvm(char **arg, size_t count);
 
 /* The control port, or -1 as long as there is none. */
 extern int ctl_fd;

@@ -160,6 +160,7 @@ def _plan(shares: list[Share], terminal: Terminal, stdio: list[str]) -> Plan:
     # A machine from a snapshot has an old clock, and random numbers that others have had.
     plan.add("clock", *divmod(time.time_ns(), 1_000_000_000))
     plan.add("entropy", os.urandom(64).hex())
+    plan.add("kvm")
     options = f"trans=virtio,version=9p2000.L,msize={_MSIZE}"
     plan.mount("9p", "/lower", "root", "ro", f"{options},cache=loose")
     plan.mount("tmpfs", "/upper", data="mode=755,size=75%")

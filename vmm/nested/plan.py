@@ -33,6 +33,7 @@ VERBS = {
     "tty": 3,
     "clock": 2,
     "entropy": 1,
+    "kvm": 0,
     "await": 0,
     "run": 0,
 }
