@@ -95,6 +95,10 @@ class Board:
         self._cleanups: list[Callable[[], None]] = []
         #: What the guest asked for, told to the machine: ("poweroff", 0), ("exit", status), …
         self.on_end: Callable[[str, int], None] = lambda reason, status: None
+        #: Hold the vCPUs until somebody resumes the machine, and whether they are held. Any thread
+        #: but a vCPU's.
+        self.on_pause: Callable[[], None] = lambda: None
+        self.paused: Callable[[], bool] = lambda: False
         #: A device's own thread raised, which ends the machine. Any thread.
         self.on_error: Callable[[BaseException], None] = lambda error: None
 

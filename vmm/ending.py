@@ -22,6 +22,7 @@ _MESSAGES = {
     "poweroff": "The guest powered off.",
     "reset": "The guest asked for a reset; vmm ends instead of rebooting.",
     "panic": PANICKED,
+    "watchdog": "The guest did not feed its watchdog in time.",
 }
 
 
@@ -73,7 +74,7 @@ def result(
     for port in consoles:
         port.finish()
     text = consoles[-1].console.tail(CONSOLE_TAIL) if consoles else ""
-    if end.reason in ("panic", "timeout", "lost") and consoles:
+    if end.reason in ("panic", "timeout", "watchdog", "lost") and consoles:
         diagnosis = "\n".join(filter(None, [diagnosis, _from_console(text)]))
     first = first_run_ns / 1e9
     return RunResult(

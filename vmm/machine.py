@@ -70,10 +70,11 @@ class Machine:
         self._image: BootImage | None = None
         self._vcpus: list[CpuThread] = []
         self._running = 0
+        self._pauses = 0
         self._result: RunResult | None = None
         self._started_at = 0.0
         self._panic_seen = 0.0
-        #: Where the vCPUs were when the deadline passed.
+        #: Where the vCPUs were when a deadline passed.
         self._late_diagnosis = ""
         self._closed = False
 
@@ -109,6 +110,8 @@ class Machine:
         self._board = board
         board.on_end = self._guest_end
         board.on_error = self._on_error
+        board.on_pause = self.pause
+        board.paused = lambda: self._pauses > 0
         self._arch.build(board)
         self._image = self._arch.load(board)
         plan = self._arch.vcpu_plan(kvm, self.config)
@@ -199,6 +202,8 @@ class Machine:
 
     def _guest_end(self, reason: str, status: int) -> None:
         """A device says the guest asked to end: board.on_end."""
+        if reason == "watchdog":
+            self._look()
         self._finish(ending.by_device(reason, status))
 
     def _finish(self, end: End) -> None:
@@ -284,15 +289,17 @@ class Machine:
         return self._board.consoles if self._board is not None else []
 
     def _finish_late(self, timeout: float) -> None:
-        """The deadline passed: look where the vCPUs are before they stop."""
-        diagnosis = ""
+        """The deadline passed."""
+        self._look()
+        self._finish(End("timeout", 124, f"The guest had not ended after {timeout:g} s."))
+
+    def _look(self) -> None:
+        """Where the vCPUs are, before they stop."""
         try:
             self.pause()
-            diagnosis = self._diagnose(None)
+            self._late_diagnosis = self._diagnose(None)
         except VmmError as e:
-            diagnosis = f"(no registers: {e})"
-        self._late_diagnosis = diagnosis
-        self._finish(End("timeout", 124, f"The guest had not ended after {timeout:g} s."))
+            self._late_diagnosis = f"(no registers: {e})"
 
     def _join(self) -> None:
         for cpu in self._vcpus:
@@ -345,8 +352,12 @@ class Machine:
         rc = lib.vmm_vm_pause(self._native, PAUSE_TIMEOUT_MS)
         if rc:
             raise HostError("A vCPU did not stop within 10 s.", errno=-rc)
+        with self._lock:
+            self._pauses += 1
 
     def resume(self) -> None:
+        with self._lock:
+            self._pauses = max(0, self._pauses - 1)
         if self._native != ffi.NULL:
             lib.vmm_vm_resume(self._native)
 

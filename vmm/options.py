@@ -58,6 +58,11 @@ class Field:
         self.repeatable = repeatable
         self.required = required
 
+    @property
+    def needed(self) -> bool:
+        """Whether a user has to say something: not for a word with a default among a few."""
+        return self.required or (self.first and not (self.choices and self.default))
+
     def read(self, text: str | None) -> Any:
         """The value; raises ValueError."""
         if self.parse is None:
@@ -145,7 +150,7 @@ def usage(fields: Sequence[Field]) -> str:
         word = field.name if field.parse is None else f"{field.name}={field.metavar}"
         if field.first:
             word = "|".join(field.choices) or field.metavar
-        needed = field.required or (field.first and field is fields[0])
+        needed = field.required or (field.first and field is fields[0] and field.needed)
         dots = "..." if field.repeatable else ""
         parts.append((word if needed else f"[,{word}]") + dots)
     text = parts[0] if parts else ""

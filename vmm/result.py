@@ -10,6 +10,7 @@ REASONS = (
     "reset",  # the guest asked for a reset, which ends a run
     "debug-exit",  # the guest wrote its own status to the debug exit port
     "panic",  # the guest's kernel panicked
+    "watchdog",  # the guest did not feed its watchdog
     "lost",  # triple fault, emulation failure, an exit nobody handles
     "timeout",  # the deadline passed
     "stopped",  # Machine.stop() or SIGTERM
@@ -55,7 +56,12 @@ class RunResult:
     def check(self) -> RunResult:
         """This result, unless the guest ended badly: then GuestPanic, GuestLost or
         GuestTimeout, with the console's tail in the exception's ``console``."""
-        error = {"panic": GuestPanic, "lost": GuestLost, "timeout": GuestTimeout}.get(self.reason)
+        error = {
+            "panic": GuestPanic,
+            "lost": GuestLost,
+            "watchdog": GuestLost,
+            "timeout": GuestTimeout,
+        }.get(self.reason)
         if error is not None:
             raise error(self.message or f"the guest ended by {self.reason}", console=self.console)
         return self

@@ -375,7 +375,7 @@ def device_setting(flag: str) -> Setting | None:
         return catalog.parse(f"{name},{text}" if text else name)
 
     fields = cls.OPTIONS
-    needs = any(field.required or field.first for field in fields)
+    needs = any(field.needed for field in fields)
     return Setting(
         "devices", f"--{name}", "Devices", device_help(cls), parse=parse, repeatable=True,
         metavar=options.usage(fields) or "", path=True, kind=VALUE if needs else OPTIONAL,

@@ -26,7 +26,7 @@ else:
 #: How much of a console that was not on the screen is printed after a failure.
 CONSOLE_LINES = 50
 #: Reasons after which the guest did not end as it should.
-FAILURES = ("panic", "lost", "timeout")
+FAILURES = ("panic", "watchdog", "lost", "timeout")
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 KEYS = "Ctrl-A x ends the machine, Ctrl-A h shows what else Ctrl-A does"
 HELP_TEXT = (
