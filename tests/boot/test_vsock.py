@@ -107,4 +107,5 @@ def test_both_directions(boot: Boot, tmp_path: Path, transport: str) -> None:
     assert booted.value("got") == hashlib.sha256(host.data).hexdigest()
     assert host.reply.decode() == host.digest
     assert booted.value("nobody") == "refused"
+    booted.machine.close()
     assert not os.path.exists(path)
