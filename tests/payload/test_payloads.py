@@ -11,6 +11,7 @@ import pytest
 
 from vmm import Machine
 from vmm.catalog import parse
+from vmm.values import parse_size
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = ROOT / "build" / "guests"
@@ -27,8 +28,14 @@ def options(row: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     for nr, text in enumerate(row.get("modules", [])):
         modules.append(tmp_path / f"module{nr}")
         modules[nr].write_text(text)
+    disks = []
+    if "disk" in row:
+        disks.append(tmp_path / "disk.img")
+        with disks[0].open("wb") as file:
+            file.truncate(parse_size(row["disk"]))
     return {
         "kernel": image,
+        "disks": disks,
         "boot": row.get("boot", "auto"),
         "memory": row["memory"],
         "cpus": row.get("cpus", 1),
