@@ -13,7 +13,7 @@ from vmm.result import REASONS
 GUESTS = Path(__file__).resolve().parents[2] / "guests"
 TABLE = tomllib.loads((GUESTS / "payloads.toml").read_text())
 KEYS = {
-    "append", "boot", "cpus", "devices", "exit", "file", "memory", "modules", "output", "reason",
+    "append", "boot", "cpus", "devices", "disk", "exit", "file", "memory", "modules", "output", "reason",
     "timeout", "transport",
 }  # fmt: skip
 
