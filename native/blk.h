@@ -1,4 +1,4 @@
-/* virtio-blk (virtio-v1.3 §5.2): requests from a ring to a raw file or block device. */
+/* virtio-blk (virtio-v1.3 §5.2): requests from rings to a raw file or block device. */
 #ifndef VMM_BLK_H
 #define VMM_BLK_H
 
@@ -10,16 +10,28 @@
 struct vmm_blk;
 
 struct vmm_blk_stats {
-	uint64_t reads, writes, flushes, others, errors;
+	uint64_t reads, writes, flushes, discards, zeroes, others, errors, held;
 	uint64_t read_bytes, written_bytes;
 };
 
-/* Works on the loop's thread. Both descriptors of the config are borrowed. NULL with errno. */
-struct vmm_blk *vmm_blk_create(struct vmm_loop *loop, const struct vmm_blk_config *config);
+/* Queue i works on the thread of loops[i]. The descriptors of the config are borrowed. NULL with
+ * errno. */
+struct vmm_blk *vmm_blk_create(struct vmm_loop **loops, const struct vmm_blk_config *config);
 void vmm_blk_destroy(struct vmm_blk *blk);
+/* The queue is config->index. 0 or -errno. */
 int vmm_blk_start(struct vmm_blk *blk, const struct vmm_service_config *config);
-/* Waits for requests in flight; afterwards nothing touches guest memory or the file. */
+/* Stops every queue and waits for requests in flight; afterwards nothing touches guest memory or
+ * the file. */
 void vmm_blk_stop(struct vmm_blk *blk);
+/* Any thread. Bytes the disk has from now on. */
+void vmm_blk_resize(struct vmm_blk *blk, uint64_t size);
+/* Any thread. Whether a finished write may be in the host's cache only. */
+void vmm_blk_write_back(struct vmm_blk *blk, int on);
+/* Tries again what is held (VMM_BLK_PAUSE). Not on an I/O thread. */
+void vmm_blk_retry(struct vmm_blk *blk);
+/* The errno of the request that was held last, or 0. */
+int vmm_blk_error(const struct vmm_blk *blk);
+/* Sums of all queues since the start; `held` is how many are held now. */
 void vmm_blk_stats(const struct vmm_blk *blk, struct vmm_blk_stats *out);
 /* Whether io_uring is in use. */
 int vmm_blk_async(const struct vmm_blk *blk);

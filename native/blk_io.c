@@ -1,6 +1,7 @@
 /* Disk I/O. Reads go through io_uring where the host allows it: what is in the page cache is done
- * when the submission returns, what is not runs beside other requests. Buffered writes are a copy
- * into the page cache, which costs less done here than handed over. */
+ * when the submission returns, what is not runs beside other requests. Where it does not, workers
+ * wait for what would block. Buffered writes are a copy into the page cache, which costs less done
+ * here than handed over. */
 #define _GNU_SOURCE
 #include "blk_io.h"
 
@@ -8,35 +9,44 @@
 #include <limits.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <unistd.h>
 
 /* Of the files registered with the ring. */
 enum { MAIN, BUFFERED, NR_FILES };
 
-int vmm_blk_io_init(struct vmm_blk_io *io, const struct vmm_blk_config *config)
+static int start_ring(struct vmm_blk_io *io, const struct vmm_blk_config *config)
 {
 	static const uint8_t ops[] = { IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_FSYNC };
 	const int files[NR_FILES] = { config->fd, config->buffered_fd };
 
-	if (config->align & (config->align - 1) || config->size > INT64_MAX - VMM_BLK_SECTOR ||
-	    !config->queue_size || config->queue_size > IOV_MAX)
-		return -EINVAL;
-	io->config = *config;
+	return vmm_uring_init(&io->ring, config->queue_size, files, NR_FILES, ops, sizeof(ops));
+}
+
+int vmm_blk_io_init(struct vmm_blk_io *io, struct vmm_blk_file *file)
+{
+	io->file = file;
 	io->ring.fd = -1;
-	io->async = !config->sync && !vmm_uring_init(&io->ring, config->queue_size, files,
-						     NR_FILES, ops, sizeof(ops));
-	return 0;
+	io->async = !file->config.no_uring && !start_ring(io, &file->config);
+	pthread_mutex_init(&io->lock, NULL);
+	pthread_cond_init(&io->cond, NULL);
+	io->event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	return io->event < 0 ? -errno : 0;
 }
 
 void vmm_blk_io_fini(struct vmm_blk_io *io)
 {
 	vmm_uring_fini(&io->ring);
+	if (io->event >= 0)
+		close(io->event);
+	pthread_cond_destroy(&io->cond);
+	pthread_mutex_destroy(&io->lock);
 }
 
 /* O_DIRECT wants aligned offset, memory and lengths; what is not goes through the page cache. */
 static int file_for(const struct vmm_blk_io *io, const struct vmm_blk_request *r)
 {
-	const uint32_t align = io->config.align;
+	const uint32_t align = io->file->config.align;
 	uint64_t bits = r->offset;
 
 	if (!align)
@@ -46,7 +56,7 @@ static int file_for(const struct vmm_blk_io *io, const struct vmm_blk_request *r
 	return bits & (align - 1) ? BUFFERED : MAIN;
 }
 
-static void zero(const struct iovec *iov, uint32_t nr)
+void vmm_blk_blank(const struct iovec *iov, uint32_t nr)
 {
 	for (uint32_t i = 0; i < nr; i++)
 		/* SAFETY: iov came from vmm_vq_pop(): it is RAM. */
@@ -59,9 +69,10 @@ static int advance(const struct vmm_blk_io *io, struct vmm_blk_request *r, uint6
 	if (!n) {
 		/* The end of the file: fine inside the last sector, otherwise someone made the
 		 * file shorter. */
-		if (r->op == VMM_BLK_WRITE || r->offset < io->config.size)
+		if (r->op == VMM_BLK_WRITE ||
+		    r->offset < __atomic_load_n(&io->file->size, __ATOMIC_RELAXED))
 			return -EIO;
-		zero(r->data, r->nr_data);
+		vmm_blk_blank(r->data, r->nr_data);
 		n = r->len - r->done;
 	}
 	r->done += n;
@@ -72,36 +83,82 @@ static int advance(const struct vmm_blk_io *io, struct vmm_blk_request *r, uint6
 
 /* ---- plain system calls ---- */
 
-static int sync_once(struct vmm_blk_io *io, struct vmm_blk_request *r)
+static int file_descriptor(const struct vmm_blk_io *io, int file)
 {
-	const int fd = file_for(io, r) == MAIN ? io->config.fd : io->config.buffered_fd;
+	return file == MAIN ? io->file->config.fd : io->file->config.buffered_fd;
+}
+
+static int move_once(struct vmm_blk_io *io, struct vmm_blk_request *r, int flags)
+{
+	const int fd = file_descriptor(io, file_for(io, r));
 	ssize_t n;
 
 	/* SAFETY: the kernel checks the addresses again; all of them are guest RAM. */
 	if (r->op == VMM_BLK_WRITE)
-		n = pwritev2(fd, r->data, (int)r->nr_data, (off_t)r->offset,
-			     io->write_through ? RWF_DSYNC : 0);
+		n = pwritev2(fd, r->data, (int)r->nr_data, (off_t)r->offset, flags);
 	else
-		n = preadv2(fd, r->data, (int)r->nr_data, (off_t)r->offset, 0);
+		n = preadv2(fd, r->data, (int)r->nr_data, (off_t)r->offset, flags);
 	if (n < 0)
 		return errno == EINTR ? VMM_BLK_PENDING : -errno;
 	return advance(io, r, (uint64_t)n);
 }
 
-static int run_sync(struct vmm_blk_io *io, struct vmm_blk_request *r)
+/* Until it is done, however long that takes. */
+static int run(struct vmm_blk_io *io, struct vmm_blk_request *r)
 {
 	int rc;
 
-	if (r->op == VMM_BLK_FLUSH) {
-		do
-			rc = fdatasync(io->config.fd) ? -errno : 0;
-		while (rc == -EINTR);
-		return rc;
-	}
+	if (r->op == VMM_BLK_DISCARD || r->op == VMM_BLK_ZERO)
+		return vmm_blk_zero(&io->file->config, r, &io->cancel);
 	do
-		rc = sync_once(io, r);
+		if (r->op == VMM_BLK_FLUSH)
+			rc = !fdatasync(io->file->config.fd) ? 0 :
+			     errno == EINTR		     ? VMM_BLK_PENDING :
+							       -errno;
+		else
+			rc = move_once(io, r, r->durable ? RWF_DSYNC : 0);
 	while (rc == VMM_BLK_PENDING);
 	return rc;
+}
+
+/* ---- worker threads ---- */
+
+static void run_job(struct vmm_job *job)
+{
+	struct vmm_blk_request *r =
+		(struct vmm_blk_request *)((uint8_t *)job - offsetof(struct vmm_blk_request, job));
+	struct vmm_blk_io *io = r->io;
+	const uint64_t one = 1;
+
+	r->rc = run(io, r);
+	pthread_mutex_lock(&io->lock);
+	r->next = io->finished;
+	io->finished = r;
+	pthread_cond_signal(&io->cond);
+	/* Under the lock: whoever waited may free all this as soon as it is released. */
+	while (!r->next && write(io->event, &one, sizeof(one)) < 0 && errno == EINTR)
+		;
+	pthread_mutex_unlock(&io->lock);
+}
+
+static int hand_over(struct vmm_blk_io *io, struct vmm_blk_request *r)
+{
+	r->io = io;
+	r->job.run = run_job;
+	io->in_pool++;
+	vmm_pool_submit(io->file->pool, &r->job);
+	return VMM_BLK_PENDING;
+}
+
+/* What the page cache can answer needs no worker. */
+static int read_cached(struct vmm_blk_io *io, struct vmm_blk_request *r)
+{
+	int rc;
+
+	do
+		rc = move_once(io, r, RWF_NOWAIT);
+	while (rc == VMM_BLK_PENDING);
+	return rc == -EAGAIN || rc == -EOPNOTSUPP ? hand_over(io, r) : rc;
 }
 
 /* ---- io_uring ---- */
@@ -124,37 +181,41 @@ static int queue(struct vmm_blk_io *io, struct vmm_blk_request *r, int file)
 	sqe->addr = (uintptr_t)r->data;
 	sqe->len = r->nr_data;
 	sqe->off = r->offset;
-	if (r->op == VMM_BLK_WRITE && io->write_through)
+	if (r->op == VMM_BLK_WRITE && r->durable)
 		sqe->rw_flags = RWF_DSYNC;
 	return VMM_BLK_PENDING;
 }
 
 int vmm_blk_io_begin(struct vmm_blk_io *io, struct vmm_blk_request *r)
 {
-	const int file = r->op == VMM_BLK_FLUSH ? BUFFERED : file_for(io, r);
+	const bool moves = r->op == VMM_BLK_READ || r->op == VMM_BLK_WRITE;
+	const int file = moves ? file_for(io, r) : BUFFERED;
 	int rc;
 
-	r->done = 0;
-	if (r->op != VMM_BLK_FLUSH && !r->len)
+	if (moves && r->done == r->len)
 		return 0;
-	if (!io->async || (r->op == VMM_BLK_WRITE && file == BUFFERED && !io->write_through))
-		return run_sync(io, r);
+	if (r->op == VMM_BLK_WRITE && file == BUFFERED && !r->durable)
+		return run(io, r);
+	if (!io->async && r->op == VMM_BLK_READ && file == BUFFERED)
+		return read_cached(io, r);
+	if (!io->async || r->op == VMM_BLK_DISCARD || r->op == VMM_BLK_ZERO)
+		return hand_over(io, r);
 	rc = queue(io, r, file);
-	io->inflight += rc == VMM_BLK_PENDING;
+	io->in_ring += rc == VMM_BLK_PENDING;
 	return rc;
 }
 
 int vmm_blk_io_submit(struct vmm_blk_io *io)
 {
-	return vmm_uring_submit(&io->ring, 0);
+	return io->async ? vmm_uring_submit(&io->ring, 0) : 0;
 }
 
-struct vmm_blk_request *vmm_blk_io_next(struct vmm_blk_io *io, int *rc)
+static struct vmm_blk_request *next_of_ring(struct vmm_blk_io *io, int *rc)
 {
 	uint64_t data;
 	int32_t res;
 
-	while (io->async && vmm_uring_reap(&io->ring, &data, &res)) {
+	while (vmm_uring_reap(&io->ring, &data, &res)) {
 		struct vmm_blk_request *r = (struct vmm_blk_request *)(uintptr_t)data;
 
 		if (res == -EINTR || res == -EAGAIN)
@@ -170,20 +231,44 @@ struct vmm_blk_request *vmm_blk_io_next(struct vmm_blk_io *io, int *rc)
 			if (*rc == VMM_BLK_PENDING)
 				continue; /* the caller submits once it has them all */
 		}
-		io->inflight--;
+		io->in_ring--;
 		return r;
 	}
 	return NULL;
 }
 
+struct vmm_blk_request *vmm_blk_io_next(struct vmm_blk_io *io, int *rc)
+{
+	struct vmm_blk_request *r = io->in_ring ? next_of_ring(io, rc) : NULL;
+
+	if (r || !io->in_pool)
+		return r;
+	pthread_mutex_lock(&io->lock);
+	r = io->finished;
+	if (r) {
+		io->finished = r->next;
+		io->in_pool--;
+		*rc = r->rc;
+	}
+	pthread_mutex_unlock(&io->lock);
+	return r;
+}
+
 bool vmm_blk_io_wait(struct vmm_blk_io *io)
 {
+	if (io->in_pool) {
+		pthread_mutex_lock(&io->lock);
+		while (!io->finished)
+			pthread_cond_wait(&io->cond, &io->lock);
+		pthread_mutex_unlock(&io->lock);
+		return true;
+	}
 	if (io->async && vmm_uring_submit(&io->ring, 0)) {
 		/* The kernel takes no more: what it has not seen will never end. */
-		io->inflight -= io->ring.queued;
+		io->in_ring -= io->ring.queued;
 		vmm_uring_forget(&io->ring);
 	}
-	if (!io->inflight)
+	if (!io->in_ring)
 		return false;
 	vmm_uring_submit(&io->ring, 1);
 	return true;

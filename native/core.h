@@ -109,6 +109,11 @@ struct vmm_loop *vmm_loop_create(void);  /* starts the thread (all signals block
 void vmm_loop_destroy(struct vmm_loop *loop); /* stops and joins it */
 /* Returns after everything the loop was doing when called has finished. */
 void vmm_loop_barrier(struct vmm_loop *loop);
+/* Keeps the thread on one CPU of the host; 0 or -errno. */
+int vmm_loop_pin(struct vmm_loop *loop, uint32_t cpu);
+/* Before it sleeps the thread looks for work for `us` microseconds, while work keeps coming
+ * within that time. 0: it sleeps at once. */
+void vmm_loop_poll(struct vmm_loop *loop, uint32_t us);
 
 /* ---- byte streams: what the guest printed --------------------------------------------------- */
 

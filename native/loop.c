@@ -3,6 +3,7 @@
 #include "core.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
@@ -25,6 +26,7 @@ struct vmm_loop {
 	pthread_cond_t cond;
 	struct call *calls;
 	bool stop;
+	uint64_t poll_ns; /* atomic */
 	struct vmm_source *sources[MAX_SOURCES]; /* index = epoll cookie */
 };
 
@@ -44,14 +46,41 @@ static void run_calls(struct vmm_loop *loop)
 	pthread_mutex_unlock(&loop->lock);
 }
 
+static uint64_t now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000ULL + (uint64_t)t.tv_nsec;
+}
+
+/* epoll_wait(2) that spins first where the last wait was short; *busy is its memory. */
+static int wait_events(struct vmm_loop *loop, struct epoll_event *events, int max, bool *busy)
+{
+	const uint64_t poll_ns = __atomic_load_n(&loop->poll_ns, __ATOMIC_RELAXED);
+	uint64_t start;
+	int n = 0;
+
+	if (!poll_ns)
+		return epoll_wait(loop->epoll, events, max, -1);
+	start = now_ns();
+	while (*busy && !n && now_ns() - start < poll_ns)
+		n = epoll_wait(loop->epoll, events, max, 0);
+	if (!n)
+		n = epoll_wait(loop->epoll, events, max, -1);
+	*busy = now_ns() - start < poll_ns;
+	return n;
+}
+
 static void *loop_main(void *arg)
 {
 	struct vmm_loop *loop = arg;
 	struct epoll_event events[32];
+	bool busy = false;
 
 	pthread_setname_np(pthread_self(), "vmm-io");
 	for (;;) {
-		int n = epoll_wait(loop->epoll, events, 32, -1);
+		int n = wait_events(loop, events, 32, &busy);
 
 		for (int i = 0; i < n; i++) {
 			struct vmm_source *src;
@@ -163,6 +192,22 @@ void vmm_loop_call(struct vmm_loop *loop, void (*fn)(void *arg), void *arg)
 	while (!call.done)
 		pthread_cond_wait(&loop->cond, &loop->lock);
 	pthread_mutex_unlock(&loop->lock);
+}
+
+int vmm_loop_pin(struct vmm_loop *loop, uint32_t cpu)
+{
+	cpu_set_t set;
+
+	if (cpu >= CPU_SETSIZE)
+		return -EINVAL;
+	CPU_ZERO(&set);
+	CPU_SET(cpu, &set);
+	return -pthread_setaffinity_np(loop->thread, sizeof(set), &set);
+}
+
+void vmm_loop_poll(struct vmm_loop *loop, uint32_t us)
+{
+	__atomic_store_n(&loop->poll_ns, us * 1000ULL, __ATOMIC_RELAXED);
 }
 
 static void nothing(void *arg)

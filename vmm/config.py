@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from typing import Self, TypeAlias
 
     from vmm.device import Device
+    from vmm.disk import DiskSpec
 
     Path: TypeAlias = str | os.PathLike[str]
-    Disk: TypeAlias = Path | values.DiskSpec
+    Disk: TypeAlias = Path | DiskSpec
     AnyDevice: TypeAlias = str | catalog.DeviceSpec | Device
     #: What the keyword of a device takes: its options, several of them, or whether it is there.
     DeviceKeyword: TypeAlias = str | bool | Sequence[str] | None
@@ -34,6 +35,7 @@ MEMORY_MAX = 1 << 46
 CPUS_MAX = 1024
 PAGE = 4096
 HUGE_PAGE = 2 << 20
+IO_POLL_MAX = 1_000_000
 TIMEOUT_MAX = 10 * 365 * 86400.0
 
 
@@ -60,7 +62,10 @@ class MachineConfig:
     hugepages: bool
     prefault: bool
     name: str
-    disks: list[values.DiskSpec]
+    disks: list[DiskSpec]
+    io_threads: str
+    io_cpus: str
+    io_poll: int  # microseconds
     devices: list[catalog.DeviceSpec | Device]
     rng: bool
     pvpanic: bool
@@ -91,6 +96,9 @@ class MachineConfig:
             prefault: bool = False,
             name: str = "vmm",
             disks: Sequence[Disk] | Disk = (),
+            io_threads: str = "device",
+            io_cpus: str = "",
+            io_poll: str | int = 0,
             devices: Sequence[AnyDevice] | AnyDevice = (),
             rng: bool = True,
             pvpanic: bool = True,
@@ -156,6 +164,8 @@ class MachineConfig:
             found.append(
                 f"--disk {path} is given twice; two writable disks on one file corrupt it."
             )
+        if not 0 <= self.io_poll <= IO_POLL_MAX:
+            found.append(f"--io-poll {self.io_poll}: from 0 to {IO_POLL_MAX} microseconds.")
         if self.console_limit < 0:
             found.append("--console-limit cannot be negative.")
         return found

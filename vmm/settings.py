@@ -7,15 +7,16 @@ in MachineConfig; a test compares them.
 
 from __future__ import annotations
 
-from vmm import catalog, options, values
+from vmm import catalog, disk, options, values
 from vmm.errors import ConfigError
 from vmm.values import MIB
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from vmm.device import Device
+    from vmm.options import Field
 
 #: How a flag takes its value: not at all (a switch, with a --no- twin), always, or only as
 #: --flag=value.
@@ -123,6 +124,20 @@ class Setting:
         return [] if self.repeatable else self.default
 
 
+def _field_help(fields: Sequence[Field]) -> str:
+    parts = []
+    for field in fields:
+        word = field.name if field.parse is None else f"{field.name}={field.metavar}"
+        unsaid = (None, False, "", 0)
+        default = "" if field.default in unsaid else f" (default: {_word(field.default)})"
+        parts.append(f"{word}: {field.help.removesuffix('.')}{default}.")
+    return " ".join(parts)
+
+
+def _word(default: object) -> str:
+    return "on" if default is True else str(default)
+
+
 SETTINGS = (
     # ---- what boots
     Setting(
@@ -211,11 +226,27 @@ SETTINGS = (
     # ---- devices
     Setting(
         "disks", "-d --disk", "Devices",
-        "A disk (virtio-blk) on a raw image or block device. ro: the guest may not write; "
-        "serial=ID: up to 20 characters the guest can find it by; direct: pass by the host's "
-        "page cache. A comma in a name is written twice. The first is /dev/vda.",
-        parse=values.parse_disk, metavar="PATH[,ro][,serial=ID][,direct]", repeatable=True,
-        path=True, types=(str, values.DiskSpec),
+        "A disk (virtio-blk); the first is /dev/vda. A comma in a value is written twice. "
+        + _field_help(disk.FIELDS[1:]),
+        parse=disk.parse_disk, metavar="PATH[,OPTION...]", repeatable=True,
+        path=True, types=(str, disk.DiskSpec),
+    ),
+    Setting(
+        "io_threads", "--io-threads", "Devices",
+        "Which threads of the host serve the queues of disks: the machine's one I/O thread, one "
+        "for each disk, or one for each queue.",
+        choices=("shared", "device", "queue"), default="device", metavar="WHICH",
+    ),
+    Setting(
+        "io_cpus", "--io-cpus", "Devices",
+        "CPUs of the host for I/O threads, as in 2-3,6; each thread is pinned to the next of them.",
+        parse=values.parse_cpu_list, metavar="LIST", default="", default_text="not pinned",
+    ),
+    Setting(
+        "io_poll", "--io-poll", "Devices",
+        "Let an I/O thread of a disk look for work for so many microseconds before it sleeps, "
+        "while work comes that fast: less latency for CPU time.",
+        parse=values.parse_count, metavar="US", default=0, types=(str, int),
     ),
     Setting(
         "devices", "--device", "Devices",
@@ -385,12 +416,7 @@ def device_setting(flag: str) -> Setting | None:
 
 def device_help(cls: type[Device]) -> str:
     """A device's sentence and its options."""
-    parts = [cls.HELP]
-    for field in cls.OPTIONS:
-        word = field.name if field.parse is None else f"{field.name}={field.metavar}"
-        default = "" if field.default in (None, False) else f" (default: {field.default})"
-        parts.append(f"{word}: {field.help}{default}.")
-    return " ".join(parts)
+    return f"{cls.HELP} {_field_help(cls.OPTIONS)}".strip()
 
 
 def device_settings() -> list[Setting]:

@@ -1,4 +1,4 @@
-"""Values as users write them: sizes, durations, disks, console targets.
+"""Values as users write them: sizes, durations, console targets.
 
 Each parser takes the text of one value and returns it typed, or raises ValueError with the rest
 of a sentence that begins with the flag and the text ("--memory 12Q: ...").
@@ -14,9 +14,6 @@ SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 #: What a console target may be besides the path of a file. ``buffer`` keeps the output in memory.
 TARGETS = ("none", "stdio", "pty", "buffer")
-
-#: A virtio-blk device id. virtio-v1.3 §5.2.6.
-SERIAL_MAX = 20
 
 #: No digit string this long means anything, and int() of a huge one takes long.
 _DIGITS_MAX = 30
@@ -90,6 +87,23 @@ def parse_cpus(text: str) -> int:
         raise ValueError(f"not a number of vCPUs{hint}") from None
 
 
+def cpu_list(text: str) -> list[int]:
+    """Numbers of CPUs, in the order given: ``2-3,6``; '' is none."""
+    cpus: list[int] = []
+    for part in text.split(",") if text else ():
+        first, dash, last = part.partition("-")
+        low, high = parse_count(first), parse_count(last if dash else first)
+        if not low <= high < 65536:
+            raise ValueError("not a list of CPUs, as 2-3,6 is")
+        cpus += range(low, high + 1)
+    return cpus
+
+
+def parse_cpu_list(text: str) -> str:
+    cpu_list(text)
+    return text
+
+
 def parse_text(text: str) -> str:
     return text
 
@@ -121,73 +135,11 @@ def parse_cpu(text: str) -> str:
     return text
 
 
-class DiskSpec:
-    """One disk: ``path`` of a raw image or block device, whether the guest may write, the serial
-    id the guest sees (at most 20 ASCII bytes), and whether the host's page cache is passed by."""
-
-    __slots__ = ("direct", "path", "read_only", "serial")
-
-    def __init__(
-        self, path: str, *, read_only: bool = False, serial: str = "", direct: bool = False
-    ) -> None:
-        self.path = path
-        self.read_only = read_only
-        self.serial = serial
-        self.direct = direct
-
-    def __str__(self) -> str:
-        """As on the command line."""
-        text = self.path.replace(",", ",,")
-        if self.read_only:
-            text += ",ro"
-        if self.serial:
-            text += ",serial=" + self.serial.replace(",", ",,")
-        return text + (",direct" if self.direct else "")
-
-    def __repr__(self) -> str:
-        return f"DiskSpec({str(self)!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, DiskSpec) and str(self) == str(other)
-
-    def __hash__(self) -> int:
-        return hash(str(self))
-
-
-def parse_disk(text: str) -> DiskSpec:
-    """``PATH[,ro][,serial=ID][,direct]``; a comma in a name is written twice."""
-    # Two commas stand for one, as QEMU has it; no path holds a NUL.
-    parts = parse_path(text).replace(",,", "\0").split(",")
-    path, *options = (part.replace("\0", ",") for part in parts)
-    disk = DiskSpec(parse_path(path))
-    for option in options:
-        key, equals, value = option.partition("=")
-        if key in ("ro", "readonly") and value in ("", "on"):
-            disk.read_only = True
-        elif key == "direct" and not equals:
-            disk.direct = True
-        elif key == "serial" and value:
-            disk.serial = value
-        else:
-            raise ValueError(
-                f"'{option}' is not an option of a disk; those are ro, serial=ID and direct "
-                "(a comma in a file's name is written twice)"
-            )
-    if len(disk.serial) > SERIAL_MAX or not disk.serial.isascii() or "\0" in disk.serial:
-        raise ValueError(f"a disk's serial is at most {SERIAL_MAX} ASCII characters")
-    return disk
-
-
 def absolute(value: object, base: str | None = None) -> object:
     """The same path, disk or console target with its path made absolute, below ``base``."""
     if value in TARGETS:
         return value
-    if isinstance(value, DiskSpec):
-        return DiskSpec(
-            str(absolute(value.path, base)),
-            read_only=value.read_only,
-            serial=value.serial,
-            direct=value.direct,
-        )
+    if hasattr(value, "moved"):
+        return value.moved(str(absolute(value.path, base)))  # type: ignore[attr-defined]
     path = str(value)
     return os.path.abspath(os.path.join(base, path) if base else path)

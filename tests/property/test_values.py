@@ -11,14 +11,30 @@ from hypothesis import strategies as st
 
 from vmm import values
 from vmm.config import MachineConfig
+from vmm.disk import CACHES, POLICIES, DiskSpec, parse_disk
 from vmm.errors import ConfigError
 from vmm.settings import machine_settings
-from vmm.values import DiskSpec
 
 MIB = 1 << 20
 paths = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
 serials = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)
-disks = st.builds(DiskSpec, paths, read_only=st.booleans(), serial=serials, direct=st.booleans())
+rates = st.integers(0, 1 << 50)
+disks = st.builds(
+    DiskSpec,
+    paths,
+    read_only=st.booleans(),
+    serial=serials,
+    cache=st.sampled_from(CACHES),
+    queues=st.integers(0, 64),
+    block_size=st.sampled_from([0, 512, 4096]),
+    discard=st.booleans(),
+    werror=st.sampled_from(POLICIES),
+    rerror=st.sampled_from(POLICIES[:3]),
+    bps=rates,
+    bps_burst=rates,
+    iops=rates,
+    iops_burst=rates,
+)
 
 
 @given(st.integers(0, 1 << 60))
@@ -86,14 +102,9 @@ def test_not_durations(text: str) -> None:
 
 @given(disks)
 def test_disks_round_trip(disk: DiskSpec) -> None:
-    again = values.parse_disk(str(disk))
+    again = parse_disk(str(disk))
     assert again == disk
-    assert (again.path, again.read_only, again.serial, again.direct) == (
-        disk.path,
-        disk.read_only,
-        disk.serial,
-        disk.direct,
-    )
+    assert (again.path, again.keywords()) == (disk.path, disk.keywords())
 
 
 @given(st.text())

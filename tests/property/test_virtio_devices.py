@@ -84,7 +84,7 @@ def pattern(sector: int) -> bytes:
     return struct.pack("<Q", sector) * 64
 
 
-@pytest.fixture(scope="module", params=["blk-sync", "blk-uring", "rng", "console"])
+@pytest.fixture(scope="module", params=["blk-threads", "blk-uring", "rng", "console"])
 def target(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Target]:
@@ -92,7 +92,7 @@ def target(
     image.write_bytes(b"".join(map(pattern, range(SECTORS))))
     out = Stream(65536)
     made = {
-        "blk-sync": lambda: Target(Blk(str(image), uring=False), 0, image),
+        "blk-threads": lambda: Target(Blk(str(image), uring=False), 0, image),
         "blk-uring": lambda: Target(Blk(str(image)), 0, image),
         "rng": lambda: Target(Rng(), 0),
         "console": lambda: Target(Console(out), 1),

@@ -12,9 +12,9 @@ from vmm.cli import help as text
 from vmm.cli import run
 from vmm.cli.parse import parse
 from vmm.config import MachineConfig
+from vmm.disk import DiskSpec
 from vmm.errors import ConfigError
 from vmm.settings import SETTINGS, SWITCH, of_command
-from vmm.values import DiskSpec
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -111,7 +111,7 @@ def test_a_command_follows_the_flags_of_nested() -> None:
 
 def test_every_flag_of_every_row_is_parsed() -> None:
     samples = {"memory": "1G", "cpus": "2", "timeout": "3", "console_limit": "1", "cpu": "host"}
-    samples["devices"] = "vmm.devices.port80:Port80"
+    samples |= {"devices": "vmm.devices.port80:Port80", "io_cpus": "0-1", "io_poll": "9"}
     for command in ("run", "nested", "doctor"):
         for row in of_command(command):
             value = samples.get(row.dest, row.choices[0] if row.choices else "x")

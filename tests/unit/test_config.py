@@ -10,9 +10,9 @@ import pytest
 
 from vmm import config as config_module
 from vmm.config import MachineConfig, load_toml
+from vmm.disk import DiskSpec
 from vmm.errors import ConfigError
 from vmm.settings import OPTIONAL, SETTINGS, SWITCH, machine_settings
-from vmm.values import DiskSpec
 
 MIB = 1 << 20
 
@@ -97,8 +97,8 @@ def test_two_configs_share_no_list() -> None:
         ({"cpu": "Haswell"}, "the only CPU model"),
         ({"cpu": "host,pcid"}, "with + or -"),
         ({"kernel": 5}, "kernel: expected str"),
-        ({"disks": ["a,rw"]}, "not an option of a disk"),
-        ({"disks": ["a,serial=123456789012345678901"]}, "at most 20"),
+        ({"disks": ["a,rw"]}, "'rw' is not an option of disk"),
+        ({"disks": ["a,serial=123456789012345678901"]}, "1 to 20 ASCII"),
     ],
 )
 def test_bad_keywords_are_config_errors(given: dict[str, object], sentence: str) -> None:
@@ -126,6 +126,7 @@ def test_bad_keywords_are_config_errors(given: dict[str, object], sentence: str)
         ({"append": "a\nb"}, "one line"),
         ({"name": ""}, "printable"),
         ({"disks": ["a", "a"]}, "given twice"),
+        ({"io_poll": 2_000_000}, "from 0 to 1000000"),
     ],
 )
 def test_validate_names_each_problem(given: dict[str, object], sentence: str) -> None:
@@ -222,7 +223,7 @@ def test_toml_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_every_key_is_understood_in_toml(tmp_path: Path) -> None:
     samples = {"memory": "1G", "cpus": 2, "timeout": 3, "console_limit": 1, "cpu": "host"}
-    samples["devices"] = "vmm.devices.port80:Port80"
+    samples |= {"devices": "vmm.devices.port80:Port80", "io_cpus": "0-1", "io_poll": 9}
     for row in SETTINGS:
         if row.dest in ("config", "help") or "run" not in row.commands:
             continue

@@ -5,32 +5,37 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.virtio_mock import EVENT_IDX, INDIRECT_DESC, WRITE, Driver, Queue
+from tests.blk_requests import (
+    CANARY,
+    DISCARD,
+    F_FLUSH,
+    F_RO,
+    FLUSH,
+    GET_ID,
+    IN,
+    IOERR,
+    OK,
+    OUT,
+    SECTORS,
+    UNSUPP,
+    ZERO,
+    Request,
+    header,
+    pattern,
+    read,
+    write,
+)
+from tests.virtio_mock import EVENT_IDX, INDIRECT_DESC, WRITE, Driver
 from tests.virtio_rig import RAM, Rig
 from vmm.devices.virtio.blk import QUEUE_SIZE, Blk
 
-IN, OUT, FLUSH, GET_ID = 0, 1, 4, 8
-OK, IOERR, UNSUPP = 0, 1, 2
-F_RO, F_FLUSH = 1 << 5, 1 << 9
-SECTORS = 2048
-CANARY = 0xA5
-
 MakeRig = Callable[..., Rig]
-
-
-def pattern(sector: int, count: int = 1) -> bytes:
-    return b"".join(struct.pack("<Q", s) * 64 for s in range(sector, sector + count))
-
-
-def header(kind: int, sector: int = 0) -> bytes:
-    return struct.pack("<IIQ", kind, 0, sector)
 
 
 @pytest.fixture
@@ -40,7 +45,7 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(params=["mmio-sync", "pci-uring"])
+@pytest.fixture(params=["mmio-threads", "pci-uring"])
 def make(request: pytest.FixtureRequest, image: Path) -> Iterator[MakeRig]:
     rigs = []
     transport, engine = request.param.split("-")
@@ -65,43 +70,13 @@ def rig(make: MakeRig) -> Rig:
     return rig
 
 
-class Request:
-    """One request whose writable buffers were filled with the canary beforehand."""
-
-    def __init__(self, q: Queue, readable: list[bytes], writable: list[int], **kw: bool) -> None:
-        # Before it is offered: the device may come by without a kick.
-        room = sum(map(len, readable)) + sum(writable) + 32 * (len(readable) + len(writable) + 1)
-        q.memory.write(q.driver.next, bytes([CANARY]) * room)
-        self.head = q.add(readable, writable, **kw)
-        self.buffers = q.pending[self.head][1]
-        q.kick()
-        head, self.length, self.data = q.wait()
-        assert head == self.head
-        whole = b"".join(q.memory.read(addr, size) for addr, size in self.buffers)
-        self.status = whole[-1]
-        # Nothing past used.len was written, but for the status byte.
-        assert set(whole[self.length : -1]) <= {CANARY}
-
-
-def read(q: Queue, sector: int, count: int = 1) -> bytes:
-    r = Request(q, [header(IN, sector)], [512 * count, 1])
-    assert (r.status, r.length) == (OK, 512 * count + 1)
-    return r.data[:-1]
-
-
-def write(q: Queue, sector: int, data: bytes) -> int:
-    r = Request(q, [header(OUT, sector), data], [1])
-    assert r.length == 1
-    return r.status
-
-
 def test_io_uring_is_used_where_it_is_allowed(image: Path) -> None:
     """io_uring_setup(2) of no entries: EINVAL where it is allowed, ENOSYS or EPERM elsewhere."""
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.syscall(425, 0, ctypes.create_string_buffer(256)) == -1
     rig = Rig(Blk(str(image)), "mmio")
     assert isinstance(rig.device, Blk)
-    assert rig.device.engine == ("uring" if ctypes.get_errno() == errno.EINVAL else "sync")
+    assert rig.device.engine == ("uring" if ctypes.get_errno() == errno.EINVAL else "threads")
     rig.close()
 
 
@@ -213,7 +188,9 @@ def test_nothing_to_move(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [k for k in range(32) if k not in (IN, OUT, FLUSH, GET_ID)] + [1 << 31, 0xFFFFFFFF]
+    "kind",
+    [k for k in range(32) if k not in (IN, OUT, FLUSH, GET_ID, DISCARD, ZERO)]
+    + [1 << 31, 0xFFFFFFFF],
 )
 def test_types_that_are_not_ours(rig: Rig, kind: int) -> None:
     q = rig.driver.queues[0]
@@ -256,7 +233,7 @@ def test_no_header_or_no_status_needs_a_reset(
 
 def test_read_only(make: MakeRig, image: Path) -> None:
     image.chmod(0o444)
-    rig = make(readonly=True)
+    rig = make(read_only=True)
     assert rig.driver.start() & F_RO
     q = rig.driver.queues[0]
     assert write(q, 0, b"x" * 512) == IOERR
@@ -316,7 +293,7 @@ def test_without_flush_writes_are_synchronous(make: MakeRig) -> None:
 
 def test_around_the_page_cache(make: MakeRig, image: Path) -> None:
     """O_DIRECT with guest buffers of any alignment: what the disk cannot take goes the slow way."""
-    rig = make(direct=True)
+    rig = make(cache="none")
     rig.driver.start()
     q = rig.driver.queues[0]
     expect = bytearray(image.read_bytes())
@@ -433,7 +410,7 @@ def test_never_more_than_once_per_head(rig: Rig) -> None:
 def test_reset_in_flight(make: MakeRig, image: Path, direct: bool) -> None:
     """After a reset nothing is written to guest memory, and sector 0 keeps its contents. Around
     the page cache, requests take long enough to be in flight when the reset comes."""
-    rig = make(direct=direct)
+    rig = make(cache="none" if direct else "writeback")
     driver = rig.driver
     driver.start()
     rings, buffers = 0x1_0000, 0x2_0000

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.waiting import tasks, wait_for
-from vmm.devices.virtio.blk import Blk, parse_disk
+from vmm.devices.virtio.blk import Blk
+from vmm.disk import DiskSpec, parse_disk
 from vmm.errors import ConfigError, HostError
 from vmm.memory import GuestMemory
 
@@ -24,47 +25,62 @@ def image(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("text", "path", "readonly", "serial", "direct"),
+    ("text", "path", "said"),
     [
-        ("a.img", "a.img", False, "", False),
-        ("a.img,ro", "a.img", True, "", False),
-        ("a.img,serial=X-1,direct", "a.img", False, "X-1", True),
-        ("a.img,direct,ro,serial=s p", "a.img", True, "s p", True),
-        ("a,,b.img,serial=1,,2", "a,b.img", False, "1,2", False),
-        ("ro", "ro", False, "", False),
-        ("a.img,ro,rw", "a.img", False, "", False),
-        ("a.img,serial=12345678901234567890", "a.img", False, "12345678901234567890", False),
+        ("a.img", "a.img", {}),
+        ("a.img,ro", "a.img", {"read_only": True}),
+        ("a.img,readonly=on", "a.img", {"read_only": True}),
+        ("a.img,ro=off", "a.img", {}),
+        ("a.img,serial=X-1,direct", "a.img", {"serial": "X-1", "cache": "none"}),
+        ("a.img,cache=directsync,serial=s p", "a.img", {"cache": "directsync", "serial": "s p"}),
+        ("a,,b.img,serial=1,,2", "a,b.img", {"serial": "1,2"}),
+        ("ro", "ro", {}),
+        ("serial=x", "serial=x", {}),
+        ("a.img,serial=12345678901234567890", "a.img", {"serial": "12345678901234567890"}),
+        ("a.img,queues=8,block-size=4096", "a.img", {"queues": 8, "block_size": 4096}),
+        ("a.img,discard=off", "a.img", {"discard": False}),
+        ("a.img,werror=stop,rerror=ignore", "a.img", {"werror": "pause", "rerror": "ignore"}),
+        (
+            "a.img,bps=10M,bps-burst=4096B,iops=500,iops-burst=9",
+            "a.img",
+            {"bps": 10 << 20, "bps_burst": 4096, "iops": 500, "iops_burst": 9},
+        ),
     ],
 )
-def test_options(text: str, path: str, readonly: bool, serial: str, direct: bool) -> None:
+def test_options(text: str, path: str, said: dict[str, object]) -> None:
     spec = parse_disk(text)
-    assert (spec.path, spec.readonly, spec.serial, spec.direct) == (path, readonly, serial, direct)
+    assert spec.path == path
+    assert spec == DiskSpec(path, **said)  # type: ignore[arg-type]
+    assert spec.keywords() == {**DiskSpec(path).keywords(), **said}
     again = parse_disk(str(spec))
-    assert str(again) == str(spec)
+    assert again == spec
     assert again.path == path
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        *("", ",ro", "a,", "a,readonly", "a,serial", "a,serial=", "a,serial=é", "a,ro=1"),
-        *("a,b.img", "a,serial=" + "x" * 21, "a,serial=x\ny"),
+        *("", ",ro", "a,", "a,serial", "a,serial=", "a,serial=é", "a,ro=1", "a,rw", "a,cache=x"),
+        *("a,b.img", "a,serial=" + "x" * 21, "a,serial=x\0y", "a,queues=65", "a,queues=-1"),
+        *("a,block-size=1024", "a,werror=panic", "a,rerror=enospc", "a,bps=1Q", "a,iops=1.5"),
+        *("a,direct=on", "a,ro,ro", "a,path=b"),
     ],
 )
 def test_options_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError) as e:
         parse_disk(text)
-    assert "\n" not in str(e.value).replace(text, "")
+    assert "\n" not in str(e.value)
+    assert "path=" not in str(e.value).replace(text, "")
 
 
 def open_fds() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def refused(path: object, *, readonly: bool = False) -> str:
+def refused(path: object, *, read_only: bool = False) -> str:
     before = open_fds()
     with pytest.raises(HostError) as e:
-        Blk(str(path), readonly=readonly)
+        Blk(str(path), read_only=read_only)
     assert open_fds() == before
     return str(e.value)
 
@@ -76,9 +92,9 @@ def test_files_that_are_no_disk(tmp_path: Path) -> None:
         s.bind(str(tmp_path / "socket"))
     assert "No such file" in refused(tmp_path / "missing")
     assert "is a directory" in refused(tmp_path)
-    assert "is a directory" in refused(tmp_path, readonly=True)
+    assert "is a directory" in refused(tmp_path, read_only=True)
     assert "not a file or block device" in refused(tmp_path / "fifo")
-    assert "not a file or block device" in refused(tmp_path / "fifo", readonly=True)
+    assert "not a file or block device" in refused(tmp_path / "fifo", read_only=True)
     assert "could not be opened" in refused(tmp_path / "socket")
     assert "not a file or block device" in refused("/dev/null")
     assert "is empty" in refused(tmp_path / "empty")
@@ -90,15 +106,15 @@ def test_files_that_may_not_be_opened(image: Path) -> None:
     image.chmod(0o444)
     assert "append ',ro'" in refused(image)
     image.chmod(0)
-    assert "Permission denied" in refused(image, readonly=True)
+    assert "Permission denied" in refused(image, read_only=True)
 
 
 def test_a_disk_is_locked(image: Path) -> None:
     disk = Blk(str(image))
     assert "already in use by this process" in refused(image)
-    assert "already in use" in refused(image, readonly=True)
+    assert "already in use" in refused(image, read_only=True)
     disk.close()
-    first, second = Blk(str(image), readonly=True), Blk(str(image), readonly=True)
+    first, second = Blk(str(image), read_only=True), Blk(str(image), read_only=True)
     assert "already in use" in refused(image)
     first.close()
     second.close()
@@ -128,7 +144,7 @@ def test_closing_gives_everything_back(image: Path) -> None:
     memory = GuestMemory([(0, 1 << 20)])
     before, threads = open_fds(), tasks()
     for turn in range(50):
-        disk = Blk(str(image), direct=turn % 2 == 1)
+        disk = Blk(str(image), cache="none" if turn % 2 else "writeback", queues=turn % 5)
         disk.attach(memory, None)
         disk.close()
     assert open_fds() == before

@@ -14,8 +14,10 @@ from vmm.devices.rtc import Rtc
 from vmm.devices.serial import Serial
 from vmm.devices.virtio.blk import Blk
 from vmm.devices.virtio.console import Console as VirtioConsole
+from vmm.devices.virtio.device import Placement
 from vmm.devices.virtio.rng import Rng
 from vmm.errors import ConfigError
+from vmm.values import cpu_list
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -209,15 +211,7 @@ def _virtio_devices(board: Board) -> list[VirtioDevice]:
     devices = board.virtio
     try:
         for nr, disk in enumerate(config.disks):
-            devices.append(
-                Blk(
-                    disk.path,
-                    readonly=disk.read_only,
-                    serial=disk.serial,
-                    direct=disk.direct,
-                    name=f"disk{nr}",
-                )
-            )
+            devices.append(Blk(disk, name=f"disk{nr}", cpus=config.cpus))
         if config.console != "none":
             port = CharDev("console", config.console, board.loop, limit=config.console_limit)
             board.consoles.append(port)
@@ -225,7 +219,10 @@ def _virtio_devices(board: Board) -> list[VirtioDevice]:
         if config.rng:
             devices.append(Rng())
         board.plug_users()
+        placement = Placement(config.io_threads, cpu_list(config.io_cpus), config.io_poll)
+        placement.pin(board.loop)
         for device in devices:
+            device.placement = placement
             device.attach(board.memory, board.loop)
     except BaseException:
         for device in devices:

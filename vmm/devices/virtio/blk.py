@@ -1,150 +1,174 @@
-"""virtio-blk: a raw file or block device as the guest's disk. virtio-v1.3 §5.2; requests are
-served by native/blk.c on an I/O thread of the disk's own, so that a slow disk delays nothing
-else. This side opens, checks and locks the file."""
+"""virtio-blk: a raw file or block device as the guest's disk. virtio-v1.3 §5.2.
+
+Requests are served by native/blk*.c on an I/O thread of the disk's own, so that a slow disk delays
+nothing else, or where --io-threads says. This side says what the disk is, and changes it live.
+"""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import stat
 import struct
+import threading
 
 from vmm._native import ffi, lib
-from vmm.devices.virtio.device import IoThread, VirtioDevice
-from vmm.errors import ConfigError, HostError
+from vmm.devices.virtio.device import VirtioDevice
+from vmm.devices.virtio.image import SECTOR, Image
+from vmm.disk import DiskSpec
+from vmm.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
+    from vmm.devices.virtio.device import IoThread
+    from vmm.devices.virtio.transport import QueueConfig, QueueIrqs
     from vmm.memory import GuestMemory
 
-SECTOR = 512
-SERIAL_BYTES = 20
 QUEUE_SIZE = 256
+#: What a disk has when its user left the choice: more has not been measured to be of use.
+QUEUES_MAX = 4
+SERIAL_BYTES = 20
+#: Bytes: what file systems give out, and what guests should align to.
+CLUSTER = 4096
 
 # Feature bit numbers, virtio-v1.3 §5.2.3.
+F_SIZE_MAX = 1
 F_SEG_MAX = 2
 F_RO = 5
 F_BLK_SIZE = 6
 F_FLUSH = 9
+F_TOPOLOGY = 10
+F_CONFIG_WCE = 11
+F_MQ = 12
+F_DISCARD = 13
+F_WRITE_ZEROES = 14
 
-#: capacity, size_max, seg_max, geometry, blk_size: virtio-v1.3 §5.2.4.
-_CONFIG = struct.Struct("<QIIHBBI")
-#: struct flock of fcntl(2), whose last field is padded.
-_FLOCK = struct.Struct("@hhqqi0q")
+#: capacity, size_max, seg_max, geometry, blk_size, topology (exponent, alignment, min, opt),
+#: writeback, num_queues, three of discard, three of write zeroes: virtio-v1.3 §5.2.4.
+_CONFIG = struct.Struct("<QIIHBBIBBHIBxHIIIIIB3x")
+WRITEBACK = 32
+#: No buffer of a driver's is refused for its size; this is what one system call moves.
+SIZE_MAX = 0x7FFF_F000
 
-
-class DiskSpec:
-    """A disk as the user asked for it."""
-
-    __slots__ = ("direct", "path", "readonly", "serial")
-
-    def __init__(
-        self, path: str, *, readonly: bool = False, serial: str = "", direct: bool = False
-    ) -> None:
-        """Raises ConfigError."""
-        if not path:
-            raise ConfigError("--disk needs a path")
-        if len(serial.encode()) > SERIAL_BYTES or not (serial.isascii() and serial.isprintable()):
-            raise ConfigError(
-                f"serial={serial!r} of disk {path} is not up to {SERIAL_BYTES} printable "
-                "ASCII characters"
-            )
-        self.path = path
-        self.readonly = readonly
-        self.serial = serial
-        self.direct = direct
-
-    def __str__(self) -> str:
-        parts = [self.path.replace(",", ",,")]
-        parts += ["ro"] * self.readonly + ["direct"] * self.direct
-        parts += [f"serial={self.serial.replace(',', ',,')}"] if self.serial else []
-        return ",".join(parts)
-
-
-def parse_disk(text: str) -> DiskSpec:
-    """``PATH[,ro][,serial=X][,direct]``; a comma inside a value is doubled. Raises ConfigError."""
-    path, *options = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
-    readonly = direct = False
-    serial = ""
-    for option in options:
-        key, _, value = option.partition("=")
-        if option == "ro":
-            readonly = True
-        elif option == "rw":
-            readonly = False
-        elif option == "direct":
-            direct = True
-        elif key == "serial" and value:
-            serial = value
-        else:
-            raise ConfigError(
-                f"--disk {text}: {option!r} is not one of ro, rw, direct, serial=TEXT "
-                "(write a comma in a path twice)"
-            )
-    return DiskSpec(path, readonly=readonly, serial=serial, direct=direct)
+POLICIES = {
+    "report": lib.VMM_BLK_REPORT,
+    "ignore": lib.VMM_BLK_IGNORE,
+    "pause": lib.VMM_BLK_PAUSE,
+    "enospc": lib.VMM_BLK_ENOSPC,
+}
 
 
 class Blk(VirtioDevice):
     """One disk. Opens its file now, so that no path is looked up once a guest runs.
 
     The file stays locked against other users (shared when read-only) until ``close``. A size
-    that is not a multiple of 512 is rounded up: the rest of the last sector reads as zeros.
-    Raises HostError.
+    that is not a multiple of the block size is rounded up: the rest of the last block reads as
+    zeros. Raises ConfigError, HostError.
     """
 
     DEVICE_ID = 2
-    QUEUE_SIZES = (QUEUE_SIZE,)
     KERNEL_CONFIG = "CONFIG_VIRTIO_BLK"
 
     def __init__(
         self,
-        path: str,
+        disk: DiskSpec | str,
         *,
-        readonly: bool = False,
-        serial: str = "",
-        direct: bool = False,
         name: str = "disk0",
+        cpus: int = 1,
         uring: bool = True,
+        **options: Any,
     ) -> None:
-        """``uring=False`` does without io_uring, as a host that forbids it."""
-        spec = DiskSpec(path, readonly=readonly, serial=serial, direct=direct)
-        self.path = path
-        self.readonly = readonly
-        self.direct = direct
-        self._uring = uring
+        """``disk`` as --disk has it, or a path with DiskSpec's keywords; ``cpus`` are the guest's.
+        ``uring=False`` does without io_uring, as a host that forbids it."""
+        spec = disk if isinstance(disk, DiskSpec) else DiskSpec(disk, **options)
+        self.spec = spec
+        self.path = spec.path
         self.serial = spec.serial or name[:SERIAL_BYTES]
+        self.QUEUE_SIZES = (QUEUE_SIZE,) * (spec.queues or min(cpus, QUEUES_MAX))
+        #: Called with the disk and an errno on a thread of its own when a request is held because
+        #: of werror=pause or rerror=pause; ``retry`` tries again.
+        self.on_io_error: Callable[[Blk, int], None] | None = None
+        self._uring = uring
         self._native = ffi.NULL
-        self._thread: IoThread | None = None
-        self._file = _File(path, readonly, direct)
+        self._threads: list[IoThread] = []
+        self._irqs: QueueIrqs | None = None
+        self._lock = threading.Lock()  # _irqs and what the guest is told about the disk
+        self._unsaid = False  # the driver may have read a size that is no longer true
+        self._watcher: threading.Thread | None = None
+        self._held_fd = -1
+        self._image = Image(spec.path, spec.read_only, spec.direct)
         super().__init__(name)
-        self.size = self._file.size
-        block = self._file.align if self.size % max(1, self._file.align) == 0 else 0
+        self.block = spec.block_size or self._image.block
+        self.size = self._image.size()
+        self._describe()
+
+    def _describe(self) -> None:
+        block = self.block
+        unit = max(block, CLUSTER) // SECTOR
+        blocks = -(-self.size // block)
+        most = int(lib.VMM_BLK_MAX_DISCARD)
+        segments = int(lib.VMM_BLK_MAX_SEGMENTS)
         self.config[:] = _CONFIG.pack(
-            -(-self.size // SECTOR), 0, QUEUE_SIZE - 2, 0, 0, 0, block or SECTOR
+            *(blocks * (block // SECTOR), SIZE_MAX, QUEUE_SIZE - 2, 0, 0, 0, block),
+            *((max(block, CLUSTER) // block).bit_length() - 1, 0, max(1, CLUSTER // block), 0),
+            *(self.spec.write_back, len(self.QUEUE_SIZES)),
+            *(most, segments, unit, most, segments, 1),
         )
 
     def device_features(self) -> int:
-        bits = 1 << F_SEG_MAX | 1 << F_BLK_SIZE | 1 << F_FLUSH
-        return bits | (1 << F_RO if self.readonly else 0)
+        bits = [F_SIZE_MAX, F_SEG_MAX, F_BLK_SIZE, F_FLUSH, F_TOPOLOGY, F_CONFIG_WCE]
+        if len(self.QUEUE_SIZES) > 1:
+            bits.append(F_MQ)
+        if self.spec.read_only:
+            bits.append(F_RO)
+        elif self.spec.discard:
+            bits += [F_DISCARD, F_WRITE_ZEROES]
+        return sum(1 << bit for bit in bits)
+
+    # ---- the contract of a virtio device -------------------------------------------------------
 
     def attach(self, memory: GuestMemory, loop: Any) -> None:
         super().attach(memory, loop)
-        self._thread = IoThread(self.name)
+        queues = len(self.QUEUE_SIZES)
+        self._threads = self.placement.threads(self.name, queues)
+        loops = [thread.native for thread in self._threads] or [loop]
         config = ffi.new("struct vmm_blk_config *")
-        config.fd = self._file.fd
-        config.buffered_fd = self._file.buffered_fd
-        config.align = self._file.align
-        config.read_only = self.readonly
-        config.sync = not self._uring
-        config.size = self.size
+        config.fd = self._image.fd
+        config.buffered_fd = self._image.buffered_fd
+        config.held_fd = self._watch_errors()
+        config.align = self._image.align
+        config.block = self.block
+        config.read_only = self.spec.read_only
+        config.no_uring = not self._uring
+        config.device = self._image.device
+        config.discard = self.spec.discard
+        config.write_back = self.spec.write_back
+        config.read_error = POLICIES[self.spec.rerror]
+        config.write_error = POLICIES[self.spec.werror]
+        config.queues = queues
         config.queue_size = QUEUE_SIZE
+        config.size = self.size
         config.serial = self.serial.encode().ljust(SERIAL_BYTES, b"\0")
-        self._native = lib.vmm_blk_create(self._thread.native, config)
+        each = ffi.new("struct vmm_loop *[]", [loops[i % len(loops)] for i in range(queues)])
+        self._native = lib.vmm_blk_create(each, config)
         if self._native == ffi.NULL:
             raise HostError(f"{self.name} ({self.path}): {os.strerror(ffi.errno)}")
+
+    def activate(self, features: int, queues: list[QueueConfig | None], irqs: QueueIrqs) -> None:
+        super().activate(features, queues, irqs)
+        with self._lock:
+            self._irqs = irqs
+            if self._unsaid:
+                irqs.config_changed()
+            self._unsaid = False
+
+    def deactivate(self) -> None:
+        with self._lock:
+            self._irqs = None
+            self._describe()  # the cache is again as the user said
+        super().deactivate()
 
     def start_queue(self, index: int, config: Any) -> int:
         return int(lib.vmm_blk_start(self._native, config))
@@ -152,143 +176,89 @@ class Blk(VirtioDevice):
     def stop_queues(self) -> None:
         lib.vmm_blk_stop(self._native)
 
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        """The cache's mode is the driver's to change: virtio-v1.3 §5.2.5.2."""
+        if offset != WRITEBACK or size != 1 or self._native == ffi.NULL:
+            return
+        with self._lock:
+            self.config[WRITEBACK] = value & 1
+        lib.vmm_blk_write_back(self._native, value & 1)
+
+    def close(self) -> None:
+        super().close()
+        if self._watcher is not None:
+            watcher, self._watcher = self._watcher, None
+            os.eventfd_write(self._held_fd, 1)
+            watcher.join()
+        if self._held_fd >= 0:
+            os.close(self._held_fd)
+            self._held_fd = -1
+        lib.vmm_blk_destroy(self._native)
+        self._native = ffi.NULL
+        for thread in self._threads:
+            thread.close()
+        self._threads = []
+        self._image.close()
+
+    # ---- what the host sees and changes ----------------------------------------------------------
+
     @property
     def engine(self) -> str:
-        """'uring', or 'sync' where the host has no io_uring."""
-        return "uring" if self._native != ffi.NULL and lib.vmm_blk_async(self._native) else "sync"
+        """'uring', or 'threads' where the host has no io_uring."""
+        uring = self._native != ffi.NULL and lib.vmm_blk_async(self._native)
+        return "uring" if uring else "threads"
 
     def stats(self) -> dict[str, int]:
-        """Requests and bytes so far."""
+        """Requests and bytes so far; ``held``: requests that wait for ``retry``."""
         out = ffi.new("struct vmm_blk_stats *")
         if self._native != ffi.NULL:
             lib.vmm_blk_stats(self._native, out)
         return {name: int(getattr(out, name)) for name, _ in ffi.typeof(out).item.fields}
 
-    def close(self) -> None:
-        super().close()
-        lib.vmm_blk_destroy(self._native)
-        self._native = ffi.NULL
-        if self._thread is not None:
-            self._thread.close()
-            self._thread = None
-        self._file.close()
+    def resize(self, size: int | None = None) -> int:
+        """Tell the guest how large the disk is: ``size`` bytes, which a file is made to have, or
+        what the host's file or device has by now. Any thread. Returns bytes; raises HostError."""
+        if size is not None:
+            if self.spec.read_only:
+                raise HostError(f"{self.name} ({self.path}) is read-only", errno=errno.EROFS)
+            if size <= 0:
+                raise HostError(f"{self.name} ({self.path}) cannot have {size} bytes")
+            if size > self.size:
+                self._image.resize(size)
+        got = self._image.size() if size is None else size
+        with self._lock:
+            self.size = got
+            self.config[:8] = struct.pack("<Q", -(-got // self.block) * (self.block // SECTOR))
+            if self._native != ffi.NULL:
+                lib.vmm_blk_resize(self._native, got)
+            self._unsaid = self._irqs is None
+            if self._irqs is not None:
+                self._irqs.config_changed()
+        if size is not None and size < self._image.size():
+            self._image.resize(size)  # after requests past the end are refused
+        return got
 
+    # ---- werror=pause, rerror=pause ----------------------------------------------------------------
 
-class _File:
-    """An opened, checked and locked disk image. ``align``: 0, or what O_DIRECT wants."""
+    def retry(self) -> None:
+        """Try again what is held because the host failed. Any thread but an I/O thread."""
+        if self._native != ffi.NULL:
+            lib.vmm_blk_retry(self._native)
 
-    __slots__ = ("_lock_fd", "align", "buffered_fd", "fd", "size")
+    def _watch_errors(self) -> int:
+        """The eventfd that C signals when a request is held; -1 where that cannot be."""
+        if not {self.spec.werror, self.spec.rerror} & {"pause", "enospc"}:
+            return -1
+        self._held_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._watcher = threading.Thread(target=self._watch, name=f"{self.name}-errors")
+        self._watcher.daemon = True
+        self._watcher.start()
+        return self._held_fd
 
-    def __init__(self, path: str, readonly: bool, direct: bool) -> None:
-        self.fd = self.buffered_fd = self._lock_fd = -1
-        self.align = 0
-        try:
-            self.fd = self.buffered_fd = _open(path, readonly)
-            self.size = os.lseek(self.fd, 0, os.SEEK_END)
-            if self.size <= 0:
-                raise HostError(f"disk {path} is empty; make it larger with truncate -s SIZE")
-            # Not the description that io_uring is given: the kernel lets go of those some time
-            # after the ring was closed, and the disk would still be locked for the next guest.
-            try:
-                self._lock_fd = _reopen(self.fd, readonly)
-            except OSError as e:
-                raise HostError(
-                    f"disk {path} could not be opened again through /proc: {e.strerror}",
-                    errno=e.errno,
-                ) from e
-            _lock(self._lock_fd, self.fd, path, readonly)
-            if direct:
-                self._go_direct(path, readonly)
-        except BaseException:
-            self.close()
-            raise
-
-    def _go_direct(self, path: str, readonly: bool) -> None:
-        import mmap
-
-        try:
-            self.fd = _reopen(self.buffered_fd, readonly, os.O_DIRECT)
-        except OSError as e:
-            raise HostError(
-                f"disk {path} cannot bypass the page cache: {e.strerror}; leave out ',direct'",
-                errno=e.errno,
-            ) from e
-        self.align = SECTOR
-        with mmap.mmap(-1, 4096) as page, memoryview(page) as view:
-            while self.align < len(page):
-                try:
-                    os.preadv(self.fd, [view[: self.align]], 0)
-                    break
-                except OSError:
-                    self.align *= 2
-
-    def close(self) -> None:
-        for fd in {self.fd, self.buffered_fd, self._lock_fd} - {-1}:
-            os.close(fd)
-        self.fd = self.buffered_fd = self._lock_fd = -1
-
-
-def _open(path: str, readonly: bool) -> int:
-    try:
-        # O_NONBLOCK: a FIFO must be refused, not waited for.
-        mode = os.O_RDONLY if readonly else os.O_RDWR
-        fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError as e:
-        hint = ""
-        if e.errno == errno.EISDIR:
-            raise HostError(f"disk {path} is a directory", errno=e.errno) from e
-        if not readonly and e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            hint = "; append ',ro' to use it read-only"
-        raise HostError(
-            f"disk {path} could not be opened: {e.strerror}{hint}", errno=e.errno
-        ) from e
-    kind = os.fstat(fd).st_mode
-    if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
-        os.close(fd)
-        what = "a directory" if stat.S_ISDIR(kind) else "not a file or block device"
-        raise HostError(f"disk {path} is {what}")
-    os.set_blocking(fd, True)
-    return fd
-
-
-def _reopen(fd: int, readonly: bool, flags: int = 0) -> int:
-    """Another description of the same file, whatever happened to its name meanwhile."""
-    mode = os.O_RDONLY if readonly else os.O_RDWR
-    return os.open(f"/proc/self/fd/{fd}", mode | os.O_CLOEXEC | flags)
-
-
-def _lock(fd: int, other: int, path: str, readonly: bool) -> None:
-    """Nobody else may write what this guest uses, or use what it writes. Open-file-description
-    locks: they also keep out a second disk of this process, and QEMU."""
-    kind = fcntl.F_RDLCK if readonly else fcntl.F_WRLCK
-    try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
-    except OSError as e:
-        if e.errno in (errno.EAGAIN, errno.EACCES):
-            raise HostError(
-                f"disk {path} is already in use{_holder({fd, other})}; two guests must not share it "
-                "unless both have it ',ro'",
-                errno=e.errno,
-            ) from e
-        if e.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise HostError(f"disk {path} could not be locked: {e.strerror}", errno=e.errno) from e
-
-
-def _holder(ours: set[int]) -> str:
-    """Who has it, as far as /proc tells; ``ours``: the descriptors of this attempt."""
-    mine = os.fstat(min(ours))
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            names = os.listdir(f"/proc/{pid}/fd")
-        except OSError:
-            continue
-        for name in names:
-            if pid == str(os.getpid()) and int(name) in ours:
-                continue
-            try:
-                other = os.stat(f"/proc/{pid}/fd/{name}")
-            except OSError:
-                continue
-            if (other.st_dev, other.st_ino) == (mine.st_dev, mine.st_ino):
-                return " by this process" if pid == str(os.getpid()) else f" by process {pid}"
-    return ""
+    def _watch(self) -> None:
+        while True:
+            os.eventfd_read(self._held_fd)
+            if self._watcher is None:
+                return
+            if self.on_io_error is not None:
+                self.on_io_error(self, int(lib.vmm_blk_error(self._native)))

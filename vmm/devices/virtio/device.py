@@ -15,6 +15,7 @@ from vmm.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
     from vmm.board import Board
@@ -51,6 +52,8 @@ class VirtioDevice(Device):
         #: What the driver accepted; 0 while it is not running.
         self.features = 0
         self.activations = 0
+        #: Set before ``attach``.
+        self.placement = Placement()
         self._memory: GuestMemory | None = None
         self._active = False
         self._reports = [ffi.new("struct vmm_service_report *") for _ in self.QUEUE_SIZES]
@@ -170,3 +173,46 @@ class IoThread:
         if self.native != ffi.NULL:
             lib.vmm_loop_destroy(self.native)
             self.native = ffi.NULL
+
+
+class Placement:
+    """Which I/O threads serve the queues of a machine's devices: ``mode`` is 'shared' (the
+    machine's own), 'device' or 'queue'; ``cpus`` of the host take turns in having a thread pinned
+    to them; ``poll_us``: how long a thread that is not shared looks for work before it sleeps."""
+
+    __slots__ = ("cpus", "mode", "poll_us", "turn")
+
+    def __init__(self, mode: str = "device", cpus: Sequence[int] = (), poll_us: int = 0) -> None:
+        self.mode = mode
+        self.cpus = cpus
+        self.poll_us = poll_us
+        self.turn = 0
+
+    def threads(self, name: str, queues: int) -> list[IoThread]:
+        """New threads for a device: queue i is for number i modulo how many there are; none:
+        all queues are for the shared one. Raises HostError."""
+        count = {"shared": 0, "device": 1}.get(self.mode, queues)
+        made: list[IoThread] = []
+        try:
+            for _ in range(count):
+                made.append(IoThread(name))
+                lib.vmm_loop_poll(made[-1].native, self.poll_us)
+                self.pin(made[-1].native)
+        except BaseException:
+            for thread in made:
+                thread.close()
+            raise
+        return made
+
+    def pin(self, loop: Any) -> None:
+        """Pin a loop's thread (struct vmm_loop *) to the next CPU. Raises HostError."""
+        if not self.cpus:
+            return
+        cpu = self.cpus[self.turn % len(self.cpus)]
+        self.turn += 1
+        rc = lib.vmm_loop_pin(loop, cpu)
+        if rc:
+            raise HostError(
+                f"--io-cpus: an I/O thread could not be pinned to CPU {cpu}: {os.strerror(-rc)}",
+                errno=-rc,
+            )

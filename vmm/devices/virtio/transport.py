@@ -163,6 +163,7 @@ class VirtioTransport:
             self.device.deactivate()
             self.active = False
         lib.vmm_virtio_reset(self.native)
+        self._publish(notify=False)  # what the driver wrote there is gone
 
     def close(self) -> None:
         """Stops and closes the device and frees the registers; no vCPU runs any more."""
