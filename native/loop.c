@@ -1,6 +1,7 @@
 /* The I/O thread: one epoll loop that serves eventfds, files and sockets. */
 #define _GNU_SOURCE
 #include "core.h"
+#include "timer.h"
 
 #include <errno.h>
 #include <sched.h>
@@ -46,14 +47,6 @@ static void run_calls(struct vmm_loop *loop)
 	pthread_mutex_unlock(&loop->lock);
 }
 
-static uint64_t now_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000000ULL + (uint64_t)t.tv_nsec;
-}
-
 /* epoll_wait(2) that spins first where the last wait was short; *busy is its memory. */
 static int wait_events(struct vmm_loop *loop, struct epoll_event *events, int max, bool *busy)
 {
@@ -63,12 +56,12 @@ static int wait_events(struct vmm_loop *loop, struct epoll_event *events, int ma
 
 	if (!poll_ns)
 		return epoll_wait(loop->epoll, events, max, -1);
-	start = now_ns();
-	while (*busy && !n && now_ns() - start < poll_ns)
+	start = vmm_now();
+	while (*busy && !n && vmm_now() - start < poll_ns)
 		n = epoll_wait(loop->epoll, events, max, 0);
 	if (!n)
 		n = epoll_wait(loop->epoll, events, max, -1);
-	*busy = now_ns() - start < poll_ns;
+	*busy = vmm_now() - start < poll_ns;
 	return n;
 }
 
