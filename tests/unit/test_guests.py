@@ -13,8 +13,8 @@ from vmm.result import REASONS
 GUESTS = Path(__file__).resolve().parents[2] / "guests"
 TABLE = tomllib.loads((GUESTS / "payloads.toml").read_text())
 KEYS = {
-    "append", "boot", "cpus", "devices", "disk", "exit", "file", "memory", "modules", "output", "reason",
-    "timeout", "transport",
+    "append", "boot", "cpus", "devices", "disk", "exit", "file", "memory", "modules", "output",
+    "reason", "timeout", "transport",
 }  # fmt: skip
 
 
