@@ -1,0 +1,124 @@
+"""Linux's balloon driver on both transports: memory goes back to the host, and comes again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from guests.initramfs import VIRTIO_MODULES, build, kernel_tree
+from tests.conftest import count_boot
+from tests.linux import BOOT_TIMEOUT
+from tests.memory_cost import resident
+from vmm import Machine
+from vmm.devices.virtio.balloon import Balloon
+
+MIB = 1 << 20
+
+transports = pytest.mark.parametrize("transport", ["pci", "mmio"])
+
+
+def balloon_of(vm: Machine) -> Balloon:
+    return next(d for d in vm.devices if isinstance(d, Balloon))
+
+
+def until(true: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + BOOT_TIMEOUT
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def start(kernel: str) -> Iterator[Callable[..., Machine]]:
+    machines = []
+
+    def run(script: str, transport: str, **options: object) -> Machine:
+        modules = (*VIRTIO_MODULES, "virtio_balloon")
+        archive = build(script + "\npoweroff -f", kernel_tree(), modules=modules)
+        vm = Machine(
+            kernel=kernel,
+            initrds=[archive],
+            append="quiet",
+            memory="256M",
+            transport=transport,
+            timeout=BOOT_TIMEOUT,
+            **options,  # type: ignore[arg-type]
+        )
+        machines.append(vm)
+        vm.start()
+        vm.console.expect("vmm-guest: up", timeout=BOOT_TIMEOUT)
+        count_boot()
+        return vm
+
+    yield run
+    for vm in machines:
+        vm.close()
+
+
+@transports
+def test_inflate_and_deflate(start: Callable[..., Machine], transport: str) -> None:
+    """The guest fills memory and frees it; the balloon takes it, so the host has it."""
+    script = """\
+mount -t tmpfs -o size=160m tmp /mnt
+dd if=/dev/urandom of=/mnt/file bs=1M count=128 2>/dev/null
+rm /mnt/file
+echo "vmm-guest: up"
+read line
+echo "total=$(awk '/MemFree/{print $2}' /proc/meminfo)"
+"""
+    vm = start(script, transport, balloon="0,reporting=off,stats=1")
+    balloon = balloon_of(vm)
+    full = resident(vm.memory)
+    free = balloon.stats(timeout=60)["free_memory"]
+    balloon.set_target(128 * MIB)
+    until(lambda: balloon.actual == 128 * MIB, "the balloon took 128 MiB")
+    assert balloon.counts()["inflated"] >= 128 * MIB
+    assert resident(vm.memory) < full - 96 * MIB
+    assert balloon.stats(timeout=60)["free_memory"] < free - 96 * MIB
+    balloon.set_target(0)
+    until(lambda: balloon.actual == 0, "the balloon gave all back")
+    assert balloon.stats(timeout=60)["free_memory"] > free - 32 * MIB
+    assert balloon.counts()["ignored"] == balloon.counts()["failed"] == 0
+    vm.console.send(b"\n")
+    assert vm.wait().reason == "poweroff"
+    assert balloon.faults() == []
+
+
+@transports
+def test_free_pages_are_reported(start: Callable[..., Machine], transport: str) -> None:
+    script = """\
+mount -t tmpfs -o size=160m tmp /mnt
+dd if=/dev/urandom of=/mnt/file bs=1M count=128 2>/dev/null
+echo "vmm-guest: up"
+read line
+rm /mnt/file
+echo "vmm-guest: freed"
+read line
+dd if=/dev/urandom of=/mnt/file bs=1M count=128 2>/dev/null && echo "again=ok"
+"""
+    vm = start(script, transport, balloon="0")
+    balloon = balloon_of(vm)
+    full = resident(vm.memory)
+    vm.console.send(b"\n")
+    vm.console.expect("freed", timeout=BOOT_TIMEOUT)
+    until(lambda: resident(vm.memory) < full - 96 * MIB, "the host has what was freed")
+    assert balloon.counts()["reported"] >= 96 * MIB
+    vm.console.send(b"\n")
+    vm.console.expect("again=ok", timeout=BOOT_TIMEOUT)
+    assert vm.wait().reason == "poweroff"
+    assert balloon.faults() == []
+
+
+def test_hints(start: Callable[..., Machine]) -> None:
+    vm = start('echo "vmm-guest: up"; read line', "pci", balloon="0,reporting=off")
+    balloon = balloon_of(vm)
+    balloon.stats(timeout=60)
+    balloon.start_hints()
+    hints = balloon.hints(timeout=60)
+    balloon.end_hints()
+    assert sum(size for _, size in hints) > 32 * MIB
+    assert all(vm.memory.contains(gpa, size) for gpa, size in hints)
+    vm.console.send(b"\n")
+    assert vm.wait().reason == "poweroff"
