@@ -11,7 +11,8 @@ from vmm._native import ffi, lib
 from vmm.bus import Bus
 from vmm.errors import ConfigError, HostError
 from vmm.irq import IrqChip
-from vmm.memory import GuestMemory
+from vmm.memory import GuestMemory, RamRange
+from vmm.values import format_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -85,6 +86,9 @@ class Board:
         #: level-triggered lines. The architecture fills both in.
         self.spare_mmio: tuple[int, int] = (0, 0)
         self.spare_gsis: tuple[int, ...] = ()
+        #: Where memory may lie that devices bring: (gpa, end, alignment) above RAM. The
+        #: architecture fills it in; asked for only when a device wants some.
+        self.spare_memory: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 1)
         #: What the hardware description says of them.
         self.announced: list[Announced] = []
         #: GSI by device name, of ``irq_line``.
@@ -126,6 +130,22 @@ class Board:
                     nr = counts[stem] = counts.get(stem, -1) + 1
                     device.name = f"{stem}{nr}"
             device.plug(self)
+
+    def add_memory(self, size: int, *, fd: int = -1, offset: int = 0) -> RamRange:
+        """Memory for a device to manage, in no memory map of the guest, before it runs; see
+        ``GuestMemory.add``. Raises ConfigError when there is no room, HostError."""
+        gpa, end, align = self.spare_memory()
+        for r in self.memory.added:
+            gpa = max(gpa, (r.gpa + r.size + align - 1) // align * align)
+        if size > end - gpa:
+            raise ConfigError(
+                f"{format_size(size)} of memory for a device do not fit below the CPU's limit of "
+                f"{end:#x}; ask for less."
+            )
+        added = self.memory.add(gpa, size, fd=fd, offset=offset)
+        if self.vm is not None:
+            self.vm.add_memory([added])
+        return added
 
     def mmio_window(self, size: int) -> int:
         """The guest-physical address of ``size`` bytes that nothing else answers, aligned to the

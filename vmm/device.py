@@ -25,6 +25,8 @@ class Device:
     #: One sentence for --help; the options a user may give (vmm/options.py).
     HELP: str = ""
     OPTIONS: tuple[Field, ...] = ()
+    #: What Linux shall be told on its command line when a user adds this device.
+    COMMAND_LINE: str = ""
 
     @classmethod
     def from_options(cls, options: Options, board: Board) -> Self:

@@ -12,12 +12,13 @@ import stat
 
 from vmm._native import ffi, lib
 from vmm.errors import HostError, KvmError
-from vmm.memory import GuestMemory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any, Self
+
+    from vmm.memory import RamRange
 
 DEV_KVM = "/dev/kvm"
 
@@ -132,9 +133,9 @@ class Vm(Fd):
         self.kvm = kvm
         self._slots = 0
 
-    def add_memory(self, memory: GuestMemory) -> None:
+    def add_memory(self, ranges: Sequence[RamRange]) -> None:
         """One slot per RAM range. KVM api.rst §4.35."""
-        for r in memory.ranges:
+        for r in ranges:
             region = ffi.new(
                 "struct kvm_userspace_memory_region *",
                 {

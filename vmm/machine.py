@@ -101,7 +101,7 @@ class Machine:
         vm = self._vm = kvm.create_vm()
         self._chip = self._arch.create_chips(vm)
         self._memory = self._build_memory()
-        vm.add_memory(self._memory)
+        vm.add_memory(self._memory.ranges)
         self._native = lib.vmm_vm_create(vm.fd, self._memory.table)
         if self._native == ffi.NULL:
             raise HostError("The VM's state could not be allocated.", errno=ffi.errno)

@@ -45,7 +45,14 @@ class GuestMemory:
         """``ranges``: (gpa, size) pairs, page-aligned, disjoint. Raises HostError when the host
         cannot give that much."""
         self.table = lib.vmm_mem_create()
+        #: What the guest has at boot.
         self.ranges: list[RamRange] = []
+        #: What devices added; in no memory map.
+        self.added: list[RamRange] = []
+        self.backing = backing
+        self._advice: list[int] = []
+        #: Files of `added` that are ours.
+        self._files: list[int] = []
         self.size = sum(size for _, size in ranges)
         self.fd = -1
         try:
@@ -57,40 +64,60 @@ class GuestMemory:
                 self.page = os.fstatvfs(self.fd).f_bsize
             offset = 0
             for gpa, size in ranges:
-                self._map(gpa, size, offset)
+                self.ranges.append(self._map(gpa, size, self.fd, offset))
                 offset += size
         except BaseException:
             self.close()
             raise
 
-    def _map(self, gpa: int, size: int, offset: int) -> None:
-        ptr = lib.vmm_ram_map(self.fd, offset, size)
+    def add(self, gpa: int, size: int, *, fd: int = -1, offset: int = 0) -> RamRange:
+        """Memory that a device manages, before the guest runs: from a file that others may read
+        and write too (lent, never given back to the host), or of the same kind as the rest of RAM.
+        Reserves address space only. Raises HostError."""
+        lend = fd < 0
+        if fd < 0 and self.backing != "anon":
+            fd = _memfd(size, hugetlb=self.backing == "hugetlb")
+            self._files.append(fd)
+        added = self._map(gpa, size, fd, offset, lend=lend)
+        self.added.append(added)
+        for advice in self._advice:
+            lib.vmm_madvise(ffi.cast("void *", added.hva), size, advice)
+        return added
+
+    def _map(self, gpa: int, size: int, fd: int, offset: int, *, lend: bool = True) -> RamRange:
+        ptr = lib.vmm_ram_map(fd, offset, size)
         if ptr == ffi.NULL:
             raise _no_memory(size, ffi.errno)
         hva = int(ffi.cast("uintptr_t", ptr))
-        self.ranges.append(RamRange(gpa, size, hva, self.fd, offset))
         rc = lib.vmm_mem_add(self.table, gpa, size, ptr)
         if rc:
+            lib.vmm_ram_unmap(ptr, size)
             raise ValueError(f"RAM range {gpa:#x}+{size:#x}: {os.strerror(-rc)}")
-        shared = self.fd >= 0
-        advice = lib.MADV_REMOVE if shared else lib.MADV_DONTNEED
-        lib.vmm_mem_lend(self.table, gpa, self.page, advice)
+        if lend:
+            advice = lib.MADV_DONTNEED if fd < 0 else lib.MADV_REMOVE
+            lib.vmm_mem_lend(self.table, gpa, self.page, advice)
+        return RamRange(gpa, size, hva, fd, offset)
 
     def close(self) -> None:
         """Unmap everything. No vCPU or I/O thread may still use the memory."""
-        for r in self.ranges:
+        for r in (*self.ranges, *self.added):
             lib.vmm_ram_unmap(ffi.cast("void *", r.hva), r.size)
         self.ranges = []
+        self.added = []
         if self.table != ffi.NULL:
             lib.vmm_mem_destroy(self.table)
             self.table = ffi.NULL
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        for fd in (*self._files, self.fd):
+            if fd >= 0:
+                os.close(fd)
+        self._files = []
+        self.fd = -1
 
     def advise(self, advice: int) -> None:
-        """madvise(2) every range; an advice this host does not know is ignored."""
-        for r in self.ranges:
+        """madvise(2) all there is, and what is added later; an advice this host does not know is
+        ignored."""
+        self._advice.append(advice)
+        for r in (*self.ranges, *self.added):
             lib.vmm_madvise(ffi.cast("void *", r.hva), r.size, advice)
 
     def prefault(self) -> None:

@@ -9,7 +9,7 @@
 0xf000_0000  devices that a user brings
 0xfeb0_0000  virtio-mmio · 0xfec0_0000 I/O APIC · 0xfee0_0000 local APIC · 0xfeff_c000 KVM's own
 0xff00_0000  the test device's window
-0x1_0000_0000  the rest of RAM, then PCI MMIO, 64-bit
+0x1_0000_0000  the rest of RAM, then memory that devices bring
 ```
 """
 
@@ -67,6 +67,10 @@ TESTDEV_SIZE = 0x1_0000
 PCI_MMIO64_MIN = 0x40_0000_0000
 PCI_MMIO64_SIZE = 64 * GIB
 
+#: Where memory of devices starts is a multiple of this: guests add memory in blocks, the largest
+#: that Linux uses are 2 GiB.
+DEVICE_MEMORY_ALIGN = 2 * GIB
+
 # Types of an E820 entry. ACPI-6.5 §15.
 E820_RAM = 1
 E820_RESERVED = 2
@@ -97,6 +101,14 @@ def pci_mmio64(size: int, phys_bits: int = 39) -> tuple[int, int]:
             f"{phys_bits} physical address bits; ask for less with --memory"
         )
     return base, room
+
+
+def device_memory(size: int, phys_bits: int) -> tuple[int, int, int]:
+    """(gpa, end, alignment) of what is free above ``size`` bytes of RAM on a CPU with
+    ``phys_bits`` physical address bits."""
+    ram_end = max(HIGH_RAM_BASE, size - LOW_RAM_MAX + HIGH_RAM_BASE)
+    base = (ram_end + DEVICE_MEMORY_ALIGN - 1) // DEVICE_MEMORY_ALIGN * DEVICE_MEMORY_ALIGN
+    return base, max(base, 1 << phys_bits), DEVICE_MEMORY_ALIGN
 
 
 def virtio_mmio(index: int) -> int:

@@ -41,6 +41,7 @@ ECAM_BUS = 1 << 20
 
 def build(board: Board) -> None:
     """Everything a machine of this configuration has."""
+    board.spare_memory = lambda: layout.device_memory(board.config.memory, _phys_bits(board))
     board.spare_mmio = (layout.USER_MMIO, layout.USER_MMIO_SIZE)
     # Pins that the other transport would use: an edge and a level cannot share one.
     board.spare_gsis = PCI_GSIS if board.config.transport == "mmio" else MMIO_GSIS
@@ -67,6 +68,10 @@ def command_line(config: MachineConfig) -> str:
         words.append("8250.nr_uarts=1")
         if config.transport == "mmio":
             words.append("pci=off")
+        for wanted in config.devices:
+            said = getattr(getattr(wanted, "cls", wanted), "COMMAND_LINE", "")
+            if said and said not in words:
+                words.append(said)
         # A panic ends the run at once, and a reboot takes the shortest way.
         words += ["panic=-1", "reboot=acpi" if config.acpi else "reboot=k"]
     return " ".join([*words, config.command_line]).strip()
@@ -163,6 +168,12 @@ def pci_functions(board: Board) -> list[dict[str, object]]:
                 }
             )
     return found
+
+
+def _phys_bits(board: Board) -> int:
+    """Of the guest's CPUs; without KVM what most have."""
+    leaves = board.vm.kvm.supported_cpuid() if board.vm is not None else []
+    return next((leaf[3] & 0xFF for leaf in leaves if leaf[0] == 0x8000_0008), 39)
 
 
 def _ends(board: Board, reason: str, status: int = 0) -> Callable[[], None]:
