@@ -21,13 +21,13 @@ void vmm_bucket_set(struct vmm_bucket *b, uint64_t rate, uint64_t burst)
 
 uint64_t vmm_bucket_wait(const struct vmm_bucket *b, uint64_t now)
 {
-	uint64_t empty_at;
+	uint64_t lacking;
 
 	if (!b->rate || b->full_at <= now)
 		return 0;
-	/* Empty means that all of the burst is still to come back. */
-	empty_at = to_ns(b->burst, b->rate);
-	return b->full_at - now < empty_at ? 0 : b->full_at - now - empty_at + 1;
+	/* At least one is there when no more than the others have yet to come back. */
+	lacking = to_ns(b->burst - 1, b->rate);
+	return b->full_at - now <= lacking ? 0 : b->full_at - now - lacking;
 }
 
 void vmm_bucket_take(struct vmm_bucket *b, uint64_t now, uint64_t amount)
