@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
+#: A longer summary of all options is none.
+USAGE_MAX = 80
+
 ON = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 
 
@@ -144,7 +147,7 @@ def _unknown(kind: str, key: str, known: dict[str, Field]) -> str:
 
 
 def usage(fields: Sequence[Field]) -> str:
-    """``KIND[,mac=MAC][,ro]``, as help prints it."""
+    """``KIND[,mac=MAC][,ro]``, as help prints it; ``KIND[,OPTION...]`` when there are many."""
     parts = []
     for field in fields:
         word = field.name if field.parse is None else f"{field.name}={field.metavar}"
@@ -156,4 +159,6 @@ def usage(fields: Sequence[Field]) -> str:
     text = parts[0] if parts else ""
     for part in parts[1:]:
         text += part if part.startswith("[") else "," + part
+    if len(text) > USAGE_MAX:
+        text = f"{parts[0]}[,OPTION...]"
     return text.removeprefix("[,").removesuffix("]") if text.startswith("[,") else text

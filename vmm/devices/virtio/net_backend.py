@@ -75,7 +75,7 @@ class Backend:
 
 def make(options: Options) -> Backend:
     """The backend that ``--net`` asks for. Raises ConfigError, HostError."""
-    kind = options.backend
+    kind = options.backend or "user"
     every = set().union(*OF_BACKEND.values())
     for field in OPTIONS:
         value = getattr(options, field.name)

@@ -105,7 +105,6 @@ OPTIONS = (
         "user: through the host's own sockets, without root (passt); tap: an interface of the "
         "host; socket: another machine; fd: an open tap or socket; none: no cable",
         choices=("user", "tap", "socket", "fd", "none"),
-        default="user",
         first=True,
     ),
     Field("mac", "of the card; default: derived from the backend", parse_mac),
