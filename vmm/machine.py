@@ -77,6 +77,8 @@ class Machine:
         #: Where the vCPUs were when a deadline passed.
         self._late_diagnosis = ""
         self._closed = False
+        #: Held by who looks at the vCPUs, a device's thread perhaps: they are there until then.
+        self._looking = threading.Lock()
 
     # ---- building -------------------------------------------------------------------------
 
@@ -295,11 +297,14 @@ class Machine:
 
     def _look(self) -> None:
         """Where the vCPUs are, before they stop."""
-        try:
-            self.pause()
-            self._late_diagnosis = self._diagnose(None)
-        except VmmError as e:
-            self._late_diagnosis = f"(no registers: {e})"
+        with self._looking:
+            if self._closed:
+                return
+            try:
+                self.pause()
+                self._late_diagnosis = self._diagnose(None)
+            except VmmError as e:
+                self._late_diagnosis = f"(no registers: {e})"
 
     def _join(self) -> None:
         for cpu in self._vcpus:
@@ -426,9 +431,10 @@ class Machine:
         if self._native != ffi.NULL:
             lib.vmm_vm_stop(self._native)
             self._join()
+        with self._looking:
+            self._closed = True
         for cpu in self._vcpus:
             cpu.close()
-        self._closed = True
         if self._board is not None:
             self._board.close()
             self._board.free()
