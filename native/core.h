@@ -25,6 +25,8 @@ struct vmm_mem;
  * anonymous private memory when fd is -1. NULL with errno set on failure. */
 void *vmm_ram_map(int fd, uint64_t offset, uint64_t size);
 void vmm_ram_unmap(void *hva, uint64_t size);
+/* The same for a whole file, shared, read-only unless writable. */
+void *vmm_file_map(int fd, uint64_t size, int writable);
 /* madvise(2): 0 or -errno. */
 int vmm_madvise(void *addr, uint64_t len, int advice);
 

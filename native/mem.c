@@ -23,7 +23,7 @@ static uint64_t reserve_size(uint64_t size)
 	return ((size + RAM_ALIGN - 1) & ~(RAM_ALIGN - 1)) + 2 * RAM_ALIGN;
 }
 
-void *vmm_ram_map(int fd, uint64_t offset, uint64_t size)
+static void *map(int fd, uint64_t offset, uint64_t size, int prot)
 {
 	const uint64_t total = reserve_size(size);
 	uint8_t *base, *ram, *got;
@@ -45,7 +45,7 @@ void *vmm_ram_map(int fd, uint64_t offset, uint64_t size)
 		munmap(base + head + total, RAM_ALIGN - head);
 	base += head;
 	ram = base + RAM_ALIGN;
-	got = mmap(ram, size, PROT_READ | PROT_WRITE,
+	got = mmap(ram, size, prot,
 		   MAP_FIXED | MAP_NORESERVE |
 			   (fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED),
 		   fd, fd < 0 ? 0 : (off_t)offset);
@@ -57,6 +57,16 @@ void *vmm_ram_map(int fd, uint64_t offset, uint64_t size)
 		return NULL;
 	}
 	return got;
+}
+
+void *vmm_ram_map(int fd, uint64_t offset, uint64_t size)
+{
+	return map(fd, offset, size, PROT_READ | PROT_WRITE);
+}
+
+void *vmm_file_map(int fd, uint64_t size, int writable)
+{
+	return map(fd, 0, size, writable ? PROT_READ | PROT_WRITE : PROT_READ);
 }
 
 void vmm_ram_unmap(void *hva, uint64_t size)

@@ -89,6 +89,8 @@ class Board:
         #: Where memory may lie that devices bring: (gpa, end, alignment) above RAM. The
         #: architecture fills it in; asked for only when a device wants some.
         self.spare_memory: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 1)
+        #: (gpa, size) of what they brought.
+        self.brought: list[tuple[int, int]] = []
         #: What the hardware description says of them.
         self.announced: list[Announced] = []
         #: GSI by device name, of ``irq_line``.
@@ -131,18 +133,24 @@ class Board:
                     device.name = f"{stem}{nr}"
             device.plug(self)
 
-    def add_memory(self, size: int, *, fd: int = -1, offset: int = 0) -> RamRange:
-        """Memory for a device to manage, in no memory map of the guest, before it runs; see
-        ``GuestMemory.add``. Raises ConfigError when there is no room, HostError."""
+    def memory_window(self, size: int) -> int:
+        """The guest-physical address of ``size`` bytes above RAM for memory that a device brings,
+        in no memory map of the guest. Raises ConfigError when there is no room."""
         gpa, end, align = self.spare_memory()
-        for r in self.memory.added:
-            gpa = max(gpa, (r.gpa + r.size + align - 1) // align * align)
+        for base, length in self.brought:
+            gpa = max(gpa, (base + length + align - 1) // align * align)
         if size > end - gpa:
             raise ConfigError(
                 f"{format_size(size)} of memory for a device do not fit below the CPU's limit of "
                 f"{end:#x}; ask for less."
             )
-        added = self.memory.add(gpa, size, fd=fd, offset=offset)
+        self.brought.append((gpa, size))
+        return gpa
+
+    def add_memory(self, size: int, *, fd: int = -1, offset: int = 0) -> RamRange:
+        """Memory for a device to manage, before the guest runs; see ``memory_window`` and
+        ``GuestMemory.add``. Raises ConfigError when there is no room, HostError."""
+        added = self.memory.add(self.memory_window(size), size, fd=fd, offset=offset)
         if self.vm is not None:
             self.vm.add_memory([added])
         return added

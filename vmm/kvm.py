@@ -133,13 +133,15 @@ class Vm(Fd):
         self.kvm = kvm
         self._slots = 0
 
-    def add_memory(self, ranges: Sequence[RamRange]) -> None:
-        """One slot per RAM range. KVM api.rst §4.35."""
+    def add_memory(self, ranges: Sequence[RamRange], *, readonly: bool = False) -> None:
+        """One slot per range. What a guest writes to a read-only one becomes an access to the
+        memory bus. KVM api.rst §4.35."""
         for r in ranges:
             region = ffi.new(
                 "struct kvm_userspace_memory_region *",
                 {
                     "slot": self._slots,
+                    "flags": lib.KVM_MEM_READONLY if readonly else 0,
                     "guest_phys_addr": r.gpa,
                     "memory_size": r.size,
                     "userspace_addr": r.hva,

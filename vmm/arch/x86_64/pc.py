@@ -112,7 +112,10 @@ class X86_64:
         table = image.e820 if image is not None else layout.e820_table(board.memory)
         return {
             "arch": self.name,
-            "memory": [{"base": b, "size": s, "type": names[t]} for b, s, t in table],
+            "memory": [
+                *({"base": b, "size": s, "type": names[t]} for b, s, t in table),
+                *({"base": b, "size": s, "type": "device"} for b, s in board.brought),
+            ],
             "command_line": self.command_line(board.config),
             "boot": image.summary() if image is not None else [],
             "pci": platform.pci_functions(board),
