@@ -30,6 +30,7 @@ struct vmm_blk *vmm_blk_create(struct vmm_loop **loops, const struct vmm_blk_con
 	if (!rc) {
 		blk->file.config = *config;
 		blk->file.size = config->size;
+		pthread_mutex_init(&blk->lock, NULL);
 		blk->write_back = config->write_back;
 		blk->file.pool = vmm_pool_create(VMM_BLK_WORKERS);
 		rc = blk->file.pool ? 0 : -ENOMEM;
@@ -54,6 +55,7 @@ void vmm_blk_destroy(struct vmm_blk *blk)
 	vmm_pool_destroy(blk->file.pool);
 	for (uint32_t i = 0; i < blk->nr_queues; i++)
 		vmm_blk_queue_fini(&blk->queues[i]);
+	pthread_mutex_destroy(&blk->lock);
 	free(blk);
 }
 
@@ -79,6 +81,18 @@ void vmm_blk_resize(struct vmm_blk *blk, uint64_t size)
 void vmm_blk_write_back(struct vmm_blk *blk, int on)
 {
 	__atomic_store_n(&blk->write_back, on, __ATOMIC_RELAXED);
+}
+
+void vmm_blk_limit(struct vmm_blk *blk, uint64_t bps, uint64_t bps_burst, uint64_t iops,
+		   uint64_t iops_burst)
+{
+	pthread_mutex_lock(&blk->lock);
+	vmm_bucket_set(&blk->bytes, bps, bps_burst);
+	vmm_bucket_set(&blk->requests, iops, iops_burst);
+	pthread_mutex_unlock(&blk->lock);
+	__atomic_store_n(&blk->limited, bps || iops, __ATOMIC_RELAXED);
+	for (uint32_t i = 0; i < blk->nr_queues; i++)
+		vmm_blk_queue_limits(&blk->queues[i]);
 }
 
 void vmm_blk_retry(struct vmm_blk *blk)

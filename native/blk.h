@@ -11,7 +11,7 @@ struct vmm_blk;
 
 struct vmm_blk_stats {
 	uint64_t reads, writes, flushes, discards, zeroes, others, errors, held;
-	uint64_t read_bytes, written_bytes;
+	uint64_t read_bytes, written_bytes, throttled;
 };
 
 /* Queue i works on the thread of loops[i]. The descriptors of the config are borrowed. NULL with
@@ -27,11 +27,16 @@ void vmm_blk_stop(struct vmm_blk *blk);
 void vmm_blk_resize(struct vmm_blk *blk, uint64_t size);
 /* Any thread. Whether a finished write may be in the host's cache only. */
 void vmm_blk_write_back(struct vmm_blk *blk, int on);
+/* Any thread but an I/O thread. Bytes and requests a second for all queues together, and how many
+ * may pass at once: as vmm_bucket_set(). */
+void vmm_blk_limit(struct vmm_blk *blk, uint64_t bps, uint64_t bps_burst, uint64_t iops,
+		   uint64_t iops_burst);
 /* Tries again what is held (VMM_BLK_PAUSE). Not on an I/O thread. */
 void vmm_blk_retry(struct vmm_blk *blk);
 /* The errno of the request that was held last, or 0. */
 int vmm_blk_error(const struct vmm_blk *blk);
-/* Sums of all queues since the start; `held` is how many are held now. */
+/* Sums of all queues since the start; `held` is how many are held now,
+ * `throttled` how often a queue had to wait for its limits. */
 void vmm_blk_stats(const struct vmm_blk *blk, struct vmm_blk_stats *out);
 /* Whether io_uring is in use. */
 int vmm_blk_async(const struct vmm_blk *blk);

@@ -100,6 +100,51 @@ static void begin(struct vmm_blk_queue *q, struct vmm_blk_request *r)
 		finish(q, r, rc);
 }
 
+/* ---- limits ---- */
+
+static uint64_t later(uint64_t a, uint64_t b)
+{
+	return a > b ? a : b;
+}
+
+/* Whether nothing may begin now; the timer will tell when. */
+static bool throttled(struct vmm_blk_queue *q)
+{
+	struct vmm_blk *blk = q->blk;
+	uint64_t now, wait;
+
+	if (!__atomic_load_n(&blk->limited, __ATOMIC_RELAXED))
+		return false;
+	now = vmm_now();
+	pthread_mutex_lock(&blk->lock);
+	wait = later(vmm_bucket_wait(&blk->bytes, now), vmm_bucket_wait(&blk->requests, now));
+	pthread_mutex_unlock(&blk->lock);
+	if (!wait)
+		return false;
+	if (!q->timer.set)
+		vmm_blk_count(&q->stats.throttled, 1);
+	vmm_timer_set(&q->timer, wait);
+	return true;
+}
+
+static void charge(struct vmm_blk *blk, const struct vmm_blk_request *r)
+{
+	const uint64_t now = vmm_now();
+
+	pthread_mutex_lock(&blk->lock);
+	vmm_bucket_take(&blk->bytes, now, r->len);
+	vmm_bucket_take(&blk->requests, now, 1);
+	pthread_mutex_unlock(&blk->lock);
+}
+
+static void expired(struct vmm_timer *timer)
+{
+	struct vmm_blk_queue *q = (struct vmm_blk_queue *)((uint8_t *)timer -
+							   offsetof(struct vmm_blk_queue, timer));
+
+	vmm_service_run(&q->service);
+}
+
 static int serve(struct vmm_service *s)
 {
 	struct vmm_blk_queue *q = (struct vmm_blk_queue *)s; /* its first member */
@@ -109,6 +154,8 @@ static int serve(struct vmm_service *s)
 
 	if (!r)
 		return VMM_SERVICE_WAIT; /* cannot be: no head is in flight twice */
+	if (throttled(q))
+		return VMM_SERVICE_WAIT;
 	rc = vmm_vq_pop(s->vq, &r->chain);
 	if (rc != VMM_VQ_CHAIN)
 		return rc;
@@ -125,6 +172,8 @@ static int serve(struct vmm_service *s)
 	}
 	/* Without FLUSH a finished write must be on the disk: virtio-v1.3 §5.2.6.2. */
 	r->durable = !q->flushes || !__atomic_load_n(&q->blk->write_back, __ATOMIC_RELAXED);
+	if (__atomic_load_n(&q->blk->limited, __ATOMIC_RELAXED))
+		charge(q->blk, r);
 	begin(q, r);
 	return VMM_VQ_CHAIN;
 }
@@ -159,6 +208,7 @@ static void drain(struct vmm_service *s)
 {
 	struct vmm_blk_queue *q = (struct vmm_blk_queue *)s;
 
+	vmm_timer_set(&q->timer, 0);
 	__atomic_store_n(&q->io.cancel, true, __ATOMIC_RELAXED);
 	while (vmm_blk_io_wait(&q->io))
 		reap(q);
@@ -216,6 +266,16 @@ void vmm_blk_queue_retry(struct vmm_blk_queue *q)
 	vmm_loop_call(q->service.loop, retry, q);
 }
 
+static void run(void *arg)
+{
+	vmm_service_run(arg);
+}
+
+void vmm_blk_queue_limits(struct vmm_blk_queue *q)
+{
+	vmm_loop_call(q->service.loop, run, &q->service);
+}
+
 static int add_sources(struct vmm_blk_queue *q, struct vmm_loop *loop)
 {
 	int rc;
@@ -227,7 +287,7 @@ static int add_sources(struct vmm_blk_queue *q, struct vmm_loop *loop)
 	rc = vmm_loop_add(loop, &q->finished, EPOLLIN);
 	if (!rc && q->io.async)
 		rc = vmm_loop_add(loop, &q->completions, EPOLLIN);
-	return rc;
+	return rc ? rc : vmm_timer_init(&q->timer, loop, expired);
 }
 
 int vmm_blk_queue_init(struct vmm_blk_queue *q, struct vmm_blk *blk, struct vmm_loop *loop)
@@ -252,6 +312,7 @@ int vmm_blk_queue_init(struct vmm_blk_queue *q, struct vmm_blk *blk, struct vmm_
 void vmm_blk_queue_fini(struct vmm_blk_queue *q)
 {
 	vmm_service_fini(&q->service);
+	vmm_timer_fini(&q->timer);
 	vmm_loop_remove(q->service.loop, &q->finished);
 	vmm_loop_remove(q->service.loop, &q->completions);
 	vmm_blk_io_fini(&q->io);

@@ -3,11 +3,14 @@
 #define VMM_BLK_QUEUE_H
 
 #include "blk.h"
+#include "bucket.h"
+#include "timer.h"
 
 struct vmm_blk_queue {
 	struct vmm_service service;    /* first */
 	struct vmm_source completions; /* of io_uring */
 	struct vmm_source finished;    /* of workers */
+	struct vmm_timer timer;	       /* until the limits allow more */
 	struct vmm_blk *blk;
 	struct vmm_blk_io io;
 	struct vmm_blk_stats stats;
@@ -23,6 +26,9 @@ struct vmm_blk {
 	struct vmm_blk_file file;
 	bool write_back; /* atomic */
 	int error;	 /* atomic: of the request that was held last */
+	bool limited;	 /* atomic: the buckets are to be asked */
+	pthread_mutex_t lock; /* bytes, requests */
+	struct vmm_bucket bytes, requests;
 	uint32_t nr_queues;
 	struct vmm_blk_queue queues[];
 };
@@ -43,5 +49,7 @@ int vmm_blk_queue_init(struct vmm_blk_queue *q, struct vmm_blk *blk, struct vmm_
 void vmm_blk_queue_fini(struct vmm_blk_queue *q);
 int vmm_blk_queue_start(struct vmm_blk_queue *q, const struct vmm_service_config *config);
 void vmm_blk_queue_retry(struct vmm_blk_queue *q);
+/* The limits are different now. */
+void vmm_blk_queue_limits(struct vmm_blk_queue *q);
 
 #endif

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from tests.virtio_mock import Queue
+from tests.virtio_rig import Rig
+from vmm.devices.virtio.blk import Blk
+from vmm.devices.virtio.device import Placement
 
 IN, OUT, FLUSH, GET_ID, DISCARD, ZERO = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
@@ -54,3 +60,15 @@ def write(q: Queue, sector: int, data: bytes) -> int:
 def segment(sector: int, count: int, flags: int = 0) -> bytes:
     """One of DISCARD or ZERO; flag 1 is unmap."""
     return struct.pack("<QII", sector, count, flags)
+
+
+class Disk(Rig):
+    """A rig whose device is a disk."""
+
+    def __init__(self, path: Path, transport: str, placement: str = "device", **options: Any):
+        self.blk = Blk(str(path), **options)
+        self.blk.placement = Placement(placement)
+        super().__init__(self.blk, transport)
+
+
+Make = Callable[..., Disk]

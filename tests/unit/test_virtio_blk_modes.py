@@ -1,19 +1,12 @@
-"""Queues, discards, caches, block sizes, errors and new sizes of a disk, on both transports and
-with both engines. virtio-v1.3 §5.2."""
+"""Queues, discards, caches and block sizes of a disk, on both transports and with both engines.
+virtio-v1.3 §5.2."""
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
-import resource
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +24,8 @@ from tests.blk_requests import (
     SECTORS,
     UNSUPP,
     ZERO,
+    Disk,
+    Make,
     Request,
     header,
     pattern,
@@ -38,24 +33,11 @@ from tests.blk_requests import (
     segment,
     write,
 )
-from tests.virtio_rig import RAM, Rig
+from tests.virtio_rig import RAM
 from vmm.devices.virtio.blk import Blk
-from vmm.devices.virtio.device import Placement
-from vmm.errors import HostError
 
 F_BITS = {"config-wce": 11, "mq": 12, "discard": 13, "write-zeroes": 14}
 WRITEBACK, NUM_QUEUES, MAX_SEGMENTS, SECTOR_ALIGNMENT, MAX_ZEROES = 32, 34, 40, 44, 48
-
-Make = Callable[..., "Disk"]
-
-
-class Disk(Rig):
-    """A rig whose device is a disk."""
-
-    def __init__(self, path: Path, transport: str, placement: str = "device", **options: Any):
-        self.blk = Blk(str(path), **options)
-        self.blk.placement = Placement(placement)
-        super().__init__(self.blk, transport)
 
 
 @pytest.fixture
@@ -392,194 +374,3 @@ def test_the_physical_block_is_a_page(make: Make) -> None:
     assert rig.regs.config(20, 4) == 512
     assert rig.regs.config(24, 1) == 3
     assert rig.regs.config(26, 2) == 8
-
-
-# ---- new sizes ------------------------------------
-
-
-def test_a_disk_grows_and_shrinks(make: Make, image: Path) -> None:
-    rig = make()
-    q = rig.driver.queues[0]
-    rig.regs.interrupts()
-    before, generation = rig.irq.count, rig.regs.generation()
-    assert rig.blk.resize((SECTORS + 16) * 512) == (SECTORS + 16) * 512
-    assert rig.irq.count > before
-    assert rig.regs.interrupts() & 2  # the configuration changed
-    assert rig.regs.generation() != generation
-    assert rig.regs.config(0, 4) == SECTORS + 16
-    assert image.stat().st_size == (SECTORS + 16) * 512
-    assert read(q, SECTORS + 15) == bytes(512)
-    assert write(q, SECTORS + 15, b"n" * 512) == OK
-    assert rig.blk.resize(SECTORS // 2 * 512) == SECTORS // 2 * 512
-    assert rig.regs.config(0, 4) == SECTORS // 2
-    assert image.stat().st_size == SECTORS // 2 * 512
-    assert Request(q, [header(IN, SECTORS // 2)], [512, 1]).status == IOERR
-    assert write(q, SECTORS // 2, b"x" * 512) == IOERR
-    assert read(q, SECTORS // 2 - 1) == pattern(SECTORS // 2 - 1)
-
-
-def test_a_size_that_somebody_else_changed(make: Make, image: Path) -> None:
-    rig = make()
-    os.truncate(image, 512 * (SECTORS + 1))
-    assert rig.regs.config(0, 4) == SECTORS
-    assert rig.blk.resize() == 512 * (SECTORS + 1)
-    assert rig.regs.config(0, 4) == SECTORS + 1
-    assert read(rig.driver.queues[0], SECTORS) == bytes(512)
-
-
-def test_a_new_size_before_the_driver_starts(make: Make) -> None:
-    rig = make(start=False)
-    rig.blk.resize(512 * 3000)
-    rig.driver.start()
-    assert rig.regs.interrupts() & 2
-    assert rig.regs.config(0, 4) == 3000
-
-
-def test_a_read_only_disk_keeps_its_size(make: Make) -> None:
-    rig = make(read_only=True)
-    with pytest.raises(HostError, match="read-only"):
-        rig.blk.resize(4096)
-
-
-def test_sizes_that_cannot_be(make: Make, image: Path) -> None:
-    rig = make()
-    for size in (0, -1):
-        with pytest.raises(HostError, match="cannot have"):
-            rig.blk.resize(size)
-    assert image.stat().st_size == SECTORS * 512
-
-
-# ---- errors of the host ------------------------------------
-
-
-@contextmanager
-def files_end_at(size: int) -> Iterator[None]:
-    """RLIMIT_FSIZE: writes past it are EFBIG, and a signal that is not for us."""
-    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, old)
-
-
-class Hook:
-    """What on_io_error was told."""
-
-    def __init__(self, rig: Disk) -> None:
-        self.told: list[int] = []
-        self.event = threading.Event()
-        rig.blk.on_io_error = self
-
-    def __call__(self, disk: Blk, error: int) -> None:
-        self.told.append(error)
-        self.event.set()
-
-    def wait(self) -> int:
-        assert self.event.wait(10)
-        self.event.clear()
-        return self.told[-1]
-
-
-@pytest.mark.parametrize("cache", ["writeback", "none", "directsync"])
-def test_writes_wait_until_the_host_can(make: Make, image: Path, cache: str) -> None:
-    rig = make(werror="pause", cache=cache)
-    hook = Hook(rig)
-    q = rig.driver.queues[0]
-    data = os.urandom(8192)
-    rig.driver.next = 0x10_0000 - 16
-    with files_end_at(512 * 16):
-        head = q.add([header(OUT, 8), data], [1])  # the first half is below the limit
-        q.kick()
-        assert hook.wait() == errno.EFBIG
-        assert q.take() is None
-        assert rig.blk.stats()["held"] == 1
-        assert read(q, 100) == pattern(100)  # others go on
-        rig.blk.retry()
-        assert hook.wait() == errno.EFBIG
-        assert q.take() is None
-    rig.blk.retry()
-    assert q.wait()[:2] == (head, 1)
-    assert rig.blk.stats()["held"] == 0
-    assert rig.blk.stats()["errors"] == 0
-    assert image.read_bytes() == pattern(0, 8) + data + pattern(24, SECTORS - 24)
-
-
-def test_reads_wait_until_the_file_is_whole(make: Make, image: Path) -> None:
-    rig = make(rerror="pause", queues=2)
-    hook = Hook(rig)
-    os.truncate(image, 512 * 10)
-    head = rig.driver.queues[1].add([header(IN, 8)], [512 * 4, 1])
-    rig.driver.queues[1].kick()
-    assert hook.wait() == errno.EIO
-    image.write_bytes(pattern(0, SECTORS))
-    rig.blk.retry()
-    got, length, data = rig.driver.queues[1].wait()
-    assert (got, length) == (head, 512 * 4 + 1)
-    assert data == pattern(8, 4) + b"\0"
-
-
-def test_a_reset_forgets_what_is_held(make: Make) -> None:
-    rig = make(werror="pause")
-    hook = Hook(rig)
-    q = rig.driver.queues[0]
-    with files_end_at(4096):
-        q.add([header(OUT, 64), b"x" * 512], [1])
-        q.kick()
-        hook.wait()
-        rig.driver.reset()
-        assert rig.blk.stats()["held"] == 0
-    rig.blk.retry()
-    rig.driver.start()
-    assert read(rig.driver.queues[0], 64) == pattern(64)
-
-
-def test_errors_that_are_ignored(make: Make, image: Path) -> None:
-    rig = make(werror="ignore", rerror="ignore")
-    q = rig.driver.queues[0]
-    with files_end_at(4096):
-        assert write(q, 64, b"x" * 512) == OK
-    assert read(q, 64) == pattern(64)
-    os.truncate(image, 512 * 10)
-    assert read(q, 8, 4) == pattern(8, 2) + bytes(1024)
-
-
-def test_enospc_pauses_and_the_rest_is_reported(make: Make) -> None:
-    rig = make(werror="enospc")
-    hook = Hook(rig)
-    with files_end_at(4096):
-        assert write(rig.driver.queues[0], 64, b"x" * 512) == IOERR
-    assert not hook.told
-
-
-# ---- where io_uring is forbidden ------------------------------------
-
-
-FORBIDDEN = """
-import ctypes, struct, sys
-libc = ctypes.CDLL(None, use_errno=True)
-steps = [(0x20, 0, 0, 0), (0x15, 0, 1, 425), (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7FFF0000)]
-code = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *step) for step in steps))
-program = ctypes.create_string_buffer(struct.pack("<HxxxxxxQ", 4, ctypes.addressof(code)))
-assert libc.prctl(38, 1, 0, 0, 0) == 0
-assert libc.prctl(22, 2, program, 0, 0) == 0, ctypes.get_errno()
-from pathlib import Path
-from tests.blk_requests import FLUSH, OK, Request, header, pattern, read, write
-from tests.unit.test_virtio_blk_modes import Disk
-rig = Disk(Path(sys.argv[1]), "mmio", queues=2)
-assert rig.blk.engine == "threads", rig.blk.engine
-rig.driver.start()
-q = rig.driver.queues[1]
-assert read(q, 3, 9) == pattern(3, 9)
-assert write(q, 5, b"n" * 512) == OK
-assert Request(q, [header(FLUSH)], [1]).status == OK
-rig.close()
-"""
-
-
-def test_seccomp_without_io_uring(image: Path) -> None:
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", FORBIDDEN, str(image)], cwd=root, check=True, timeout=60)
-    assert image.read_bytes() == pattern(0, 5) + b"n" * 512 + pattern(6, SECTORS - 6)

@@ -131,6 +131,7 @@ class Blk(VirtioDevice):
 
     def attach(self, memory: GuestMemory, loop: Any) -> None:
         super().attach(memory, loop)
+        spec = self.spec
         queues = len(self.QUEUE_SIZES)
         self._threads = self.placement.threads(self.name, queues)
         loops = [thread.native for thread in self._threads] or [loop]
@@ -140,13 +141,13 @@ class Blk(VirtioDevice):
         config.held_fd = self._watch_errors()
         config.align = self._image.align
         config.block = self.block
-        config.read_only = self.spec.read_only
+        config.read_only = spec.read_only
         config.no_uring = not self._uring
         config.device = self._image.device
-        config.discard = self.spec.discard
-        config.write_back = self.spec.write_back
-        config.read_error = POLICIES[self.spec.rerror]
-        config.write_error = POLICIES[self.spec.werror]
+        config.discard = spec.discard
+        config.write_back = spec.write_back
+        config.read_error = POLICIES[spec.rerror]
+        config.write_error = POLICIES[spec.werror]
         config.queues = queues
         config.queue_size = QUEUE_SIZE
         config.size = self.size
@@ -155,6 +156,8 @@ class Blk(VirtioDevice):
         self._native = lib.vmm_blk_create(each, config)
         if self._native == ffi.NULL:
             raise HostError(f"{self.name} ({self.path}): {os.strerror(ffi.errno)}")
+        if spec.bps or spec.iops:
+            self.set_limits(spec.bps, spec.iops, bps_burst=spec.bps_burst, iops_burst=spec.iops_burst)
 
     def activate(self, features: int, queues: list[QueueConfig | None], irqs: QueueIrqs) -> None:
         super().activate(features, queues, irqs)
@@ -237,6 +240,16 @@ class Blk(VirtioDevice):
         if size is not None and size < self._image.size():
             self._image.resize(size)  # after requests past the end are refused
         return got
+
+    def set_limits(
+        self, bps: int = 0, iops: int = 0, *, bps_burst: int = 0, iops_burst: int = 0
+    ) -> None:
+        """From now on at most so many bytes and requests a second on average, of all queues
+        together; 0: no limit. The bursts may pass at once (0: one second's). Any thread but an I/O
+        thread, after ``attach``."""
+        if not all(0 <= n < 1 << 62 for n in (bps, iops, bps_burst, iops_burst)):
+            raise ValueError("a disk's limits are 0 to 2**62 a second")
+        lib.vmm_blk_limit(self._native, bps, bps_burst, iops, iops_burst)
 
     # ---- werror=pause, rerror=pause ----------------------------------------------------------------
 

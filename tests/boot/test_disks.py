@@ -1,0 +1,135 @@
+"""What a stock Linux makes of a disk's queues, discards, caches, block sizes and new sizes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.boot.conftest import Boot
+from tests.conftest import count_boot
+from tests.linux import BOOT_TIMEOUT
+
+transports = pytest.mark.parametrize("transport", ["pci", "mmio"])
+
+MIB = 1 << 20
+
+
+@transports
+def test_queues_and_discards(boot: Boot, tmp_path: Path, transport: str) -> None:
+    """Four queues at once, each on a thread of its own; then all is given back to the host."""
+    disk = tmp_path / "disk.img"
+    content = os.urandom(8 * MIB)
+    disk.write_bytes(content)
+    os.truncate(disk, 16 * MIB)
+    script = """\
+echo "queues=$(ls /sys/block/vda/mq | wc -l)"
+for i in 0 1 2 3; do
+    (dd if=/dev/vda bs=64k skip=$((i*32)) count=32 iflag=direct 2>/dev/null |
+        sha256sum > /tmp/$i
+     dd if=/dev/vda of=/dev/vda bs=64k skip=$((i*32)) seek=$((128+i*32)) count=32 \
+        iflag=direct oflag=direct 2>/dev/null) &
+done
+wait
+for i in 0 1 2 3; do echo "part$i=$(cut -d' ' -f1 /tmp/$i)"; done
+sync
+echo "halves=$(dd if=/dev/vda bs=1M skip=8 2>/dev/null | sha256sum | cut -d' ' -f1)"
+echo "most=$(cat /sys/block/vda/queue/discard_max_bytes)"
+echo "grain=$(cat /sys/block/vda/queue/discard_granularity)"
+echo "zeroes=$(cat /sys/block/vda/queue/write_zeroes_max_bytes)"
+blkdiscard -o 1048576 /dev/vda && echo "discard=ok"
+echo "left=$(dd if=/dev/vda bs=1M 2>/dev/null | tr -d '\\0' | wc -c)"
+"""
+    booted = boot(script, disks=[str(disk)], transport=transport, cpus=4, io_threads="queue").ok()
+    assert booted.value("queues") == "4"
+    for i in range(4):
+        part = content[i * 2 * MIB : (i + 1) * 2 * MIB]
+        assert booted.value(f"part{i}") == hashlib.sha256(part).hexdigest()
+    assert booted.value("halves") == hashlib.sha256(content).hexdigest()
+    assert booted.value("most") == str(1 << 30)
+    assert booted.value("grain") == "4096"
+    assert booted.value("zeroes") == str(1 << 30)
+    assert booted.value("discard") == "ok"
+    assert booted.value("left") == str(MIB - content[:MIB].count(0))
+    assert disk.stat().st_blocks <= 2 * MIB // 512
+    assert disk.read_bytes() == content[:MIB] + bytes(15 * MIB)
+
+
+@transports
+@pytest.mark.parametrize("cache", ["writeback", "none", "writethrough", "directsync"])
+def test_a_file_system_in_every_cache_mode(
+    boot: Boot, tmp_path: Path, transport: str, cache: str
+) -> None:
+    from guests.initramfs import VIRTIO_MODULES, build, kernel_tree
+
+    disk = tmp_path / "disk.img"
+    disk.touch()
+    os.truncate(disk, 32 * MIB)
+    script = """\
+echo "vmm-guest: up"
+echo "mode=$(cat /sys/block/vda/cache_type)"
+echo "block=$(cat /sys/block/vda/queue/logical_block_size)"
+mke2fs -b 4096 /dev/vda > /dev/null && mount -t ext4 /dev/vda /mnt && echo "mounted=yes"
+dd if=/dev/urandom of=/mnt/a bs=1M count=8 2>/dev/null
+cp /mnt/a /mnt/b; sync; umount /mnt
+echo 3 > /proc/sys/vm/drop_caches
+mount -t ext4 /dev/vda /mnt
+cmp /mnt/a /mnt/b && echo "same=yes"
+echo "sum=$(sha256sum /mnt/a | cut -d' ' -f1)"
+rm /mnt/b; sync; fstrim /mnt && echo "trimmed=yes"
+echo "again=$(sha256sum /mnt/a | cut -d' ' -f1)"
+umount /mnt
+[ "$(cat /sys/block/vda/cache_type)" = "write back" ] && n="write through" || n="write back"
+echo "$n" > /sys/block/vda/cache_type && echo "switched=$(cat /sys/block/vda/cache_type)"
+poweroff -f
+"""
+    archive = build(script, kernel_tree(), modules=(*VIRTIO_MODULES, "ext4"))
+    booted = boot(
+        "",
+        initrds=[str(archive)],
+        disks=[f"{disk},cache={cache},block-size=4096"],
+        transport=transport,
+    ).ok()
+    back = cache in ("writeback", "none")
+    assert booted.value("mode") == ("write back" if back else "write through")
+    assert booted.value("switched") == ("write through" if back else "write back")
+    assert booted.value("block") == "4096"
+    assert booted.value("mounted") == booted.value("same") == booted.value("trimmed") == "yes"
+    assert booted.value("sum") == booted.value("again")
+    assert disk.stat().st_blocks * 512 < 14 * MIB
+
+
+@transports
+def test_a_new_size_is_seen(kernel: str, tmp_path: Path, transport: str) -> None:
+    from guests.initramfs import build, kernel_tree
+    from vmm import Machine
+
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(os.urandom(MIB))
+    script = """\
+echo "vmm-guest: ready, $(cat /sys/block/vda/size)"
+n=2048
+while [ "$n" = 2048 ]; do sleep 0.1; n=$(cat /sys/block/vda/size); done
+echo "size=$n"
+echo "end" | dd of=/dev/vda bs=512 seek=4095 conv=fsync 2>/dev/null && echo "wrote=ok"
+poweroff -f
+"""
+    with Machine(
+        kernel=kernel,
+        initrds=[build(script, kernel_tree())],
+        append="quiet",
+        memory="256M",
+        disks=[str(disk)],
+        transport=transport,
+        timeout=BOOT_TIMEOUT,
+    ) as vm:
+        vm.console.expect("ready, 2048", timeout=BOOT_TIMEOUT)
+        count_boot()
+        (found,) = [d for d in vm.devices if d.name == "disk0"]
+        found.resize(2 * MIB)  # type: ignore[attr-defined]
+        vm.console.expect("size=4096", timeout=60)
+        vm.console.expect("wrote=ok", timeout=60)
+        assert vm.wait().reason == "poweroff"
+    assert disk.read_bytes()[4095 * 512 :][:4] == b"end\n"
