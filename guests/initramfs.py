@@ -22,7 +22,8 @@ APPLETS = (  # by their names in busybox
     "ash awk cat chmod cmp cp cut date dd dmesg echo env free grep halt head hexdump hostname id "
     "insmod kill ln ls lsmod md5sum mkdir mknod mount mv nproc od poweroff printf ps reboot rm sed "
     "seq setsid sh sha256sum sleep sort stat stty switch_root sync tail test time touch tr true "
-    "false umount uname wc cttyhack devmem watchdog ip nc ping udhcpc"
+    "false umount uname wc cttyhack devmem watchdog ip nc ping udhcpc blkdiscard "
+    "fstrim mke2fs"
 )
 
 #: What makes virtio devices appear on the cloud kernel.

@@ -49,6 +49,9 @@ class Device:
     def reset(self) -> None:
         """Back to power-on."""
 
+    def resumed(self) -> None:
+        """The machine runs again after a pause; any thread."""
+
     def close(self) -> None:
         """Give back file descriptors and C objects. No thread uses the device any more."""
 

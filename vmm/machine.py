@@ -361,10 +361,14 @@ class Machine:
             self._pauses += 1
 
     def resume(self) -> None:
+        """Undo one ``pause``; after the last, also what devices held back is tried again."""
         with self._lock:
             self._pauses = max(0, self._pauses - 1)
+            runs = not self._pauses
         if self._native != ffi.NULL:
             lib.vmm_vm_resume(self._native)
+            for device in self.devices if runs else ():
+                device.resumed()
 
     def press_power_button(self) -> None:
         """Ask the guest to shut down, as ACPI's power button does."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from tests.boot.conftest import Boot
 from tests.conftest import count_boot
 from tests.linux import BOOT_TIMEOUT
+from vmm.devices.virtio.blk import Blk
 
 transports = pytest.mark.parametrize("transport", ["pci", "mmio"])
 
@@ -133,3 +136,51 @@ poweroff -f
         vm.console.expect("wrote=ok", timeout=60)
         assert vm.wait().reason == "poweroff"
     assert disk.read_bytes()[4095 * 512 :][:4] == b"end\n"
+
+
+@transports
+def test_a_full_host_pauses_the_guest(kernel: str, tmp_path: Path, transport: str) -> None:
+    """werror=enospc on a file system without room; resume tries again, and nothing is lost."""
+    from guests.initramfs import build, kernel_tree
+    from vmm import Machine
+
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8M", "tmpfs", small], check=True)
+    disk, ballast = small / "disk.img", small / "ballast"
+    ballast.write_bytes(bytes(5 * MIB))
+    disk.touch()
+    os.truncate(disk, 16 * MIB)
+    script = """\
+echo "vmm-guest: up"
+dd if=/dev/zero bs=1M count=6 2>/dev/null | tr '\\0' 'w' > /dev/vda
+sync && echo "wrote=ok"
+poweroff -f
+"""
+    paused = threading.Event()
+    try:
+        with Machine(
+            kernel=kernel,
+            initrds=[build(script, kernel_tree())],
+            append="quiet",
+            memory="256M",
+            disks=[f"{disk},werror=enospc"],
+            transport=transport,
+            timeout=BOOT_TIMEOUT,
+        ) as vm:
+            (found,) = [d for d in vm.devices if isinstance(d, Blk)]
+            pause = found.on_io_error
+            assert pause is not None
+            found.on_io_error = lambda blk, error: (pause(blk, error), paused.set())  # type: ignore[func-returns-value, assignment]
+            assert paused.wait(BOOT_TIMEOUT)
+            count_boot()
+            assert found.stats()["held"] > 0
+            assert "wrote=ok" not in vm.console.text()
+            ballast.unlink()
+            vm.resume()
+            vm.console.expect("wrote=ok", timeout=60)
+            assert found.stats()["errors"] == 0
+            assert vm.wait().reason == "poweroff"
+        assert disk.read_bytes() == b"w" * (6 * MIB) + bytes(10 * MIB)
+    finally:
+        subprocess.run(["umount", small], check=True)

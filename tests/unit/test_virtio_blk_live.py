@@ -145,7 +145,7 @@ def test_time_brings_more(make: Make) -> None:
 
 
 def test_a_burst_passes_at_once(make: Make) -> None:
-    rig = make(iops=1, iops_burst=64)
+    rig = make(iops=1, iops_burst=80)
     q = rig.driver.queues[0]
     for sector in range(64):
         assert read(q, sector) == pattern(sector)

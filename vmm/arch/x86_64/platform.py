@@ -222,7 +222,9 @@ def _virtio_devices(board: Board) -> list[VirtioDevice]:
     devices = board.virtio
     try:
         for nr, disk in enumerate(config.disks):
-            devices.append(Blk(disk, name=f"disk{nr}", cpus=config.cpus))
+            blk = Blk(disk, name=f"disk{nr}", cpus=config.cpus)
+            blk.on_io_error = lambda disk, error: board.on_pause()
+            devices.append(blk)
         if config.console != "none":
             port = CharDev("console", config.console, board.loop, limit=config.console_limit)
             board.consoles.append(port)

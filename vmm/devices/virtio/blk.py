@@ -87,8 +87,9 @@ class Blk(VirtioDevice):
         self.path = spec.path
         self.serial = spec.serial or name[:SERIAL_BYTES]
         self.QUEUE_SIZES = (QUEUE_SIZE,) * (spec.queues or min(cpus, QUEUES_MAX))
-        #: Called with the disk and an errno on a thread of its own when a request is held because
-        #: of werror=pause or rerror=pause; ``retry`` tries again.
+        #: Called with the disk and an errno on a thread of its own when requests are held because
+        #: of werror=pause or rerror=pause, once until ``retry`` tries them again. A machine pauses,
+        #: and its ``resume`` retries.
         self.on_io_error: Callable[[Blk, int], None] | None = None
         self._uring = uring
         self._native = ffi.NULL
@@ -98,6 +99,7 @@ class Blk(VirtioDevice):
         self._unsaid = False  # the driver may have read a size that is no longer true
         self._watcher: threading.Thread | None = None
         self._held_fd = -1
+        self._told = False
         self._image = Image(spec.path, spec.read_only, spec.direct)
         super().__init__(name)
         self.block = spec.block_size or self._image.block
@@ -255,8 +257,12 @@ class Blk(VirtioDevice):
 
     def retry(self) -> None:
         """Try again what is held because the host failed. Any thread but an I/O thread."""
+        self._told = False
         if self._native != ffi.NULL:
             lib.vmm_blk_retry(self._native)
+
+    def resumed(self) -> None:
+        self.retry()
 
     def _watch_errors(self) -> int:
         """The eventfd that C signals when a request is held; -1 where that cannot be."""
@@ -273,5 +279,7 @@ class Blk(VirtioDevice):
             os.eventfd_read(self._held_fd)
             if self._watcher is None:
                 return
-            if self.on_io_error is not None:
+            # Once until the next retry, however many requests are held by then.
+            if self.on_io_error is not None and not self._told and self.stats()["held"]:
+                self._told = True
                 self.on_io_error(self, int(lib.vmm_blk_error(self._native)))
