@@ -1,4 +1,5 @@
-/* The device side of a split virtqueue: chains out of guest memory, checked and copied once. */
+/* The device side of a virtqueue, split or packed: chains out of guest memory, checked and copied
+ * once. */
 #ifndef VMM_RING_H
 #define VMM_RING_H
 
@@ -9,7 +10,7 @@
 /* cdef: begin */
 
 /* What a pop found. Everything from IDX_JUMP on is a driver that broke a rule of virtio-v1.3
- * §2.7: the queue is broken from then on and the device needs a reset. Keep in step with
+ * §2.7 or §2.8: the queue is broken from then on and the device needs a reset. Keep in step with
  * VERDICTS in vmm/devices/virtio/queue.py, which says what each one means. */
 enum {
 	VMM_VQ_EMPTY,
@@ -32,13 +33,18 @@ enum {
 	VMM_VQ_NR_VERDICTS,
 };
 
+/* With a position in a packed ring: its wrap counter is 0, as in every second lap. (vhost has
+ * the counter itself in this bit.) */
+enum { VMM_VQ_LAPPED = 0x8000 };
+
 /* Where a queue lies, as the driver said and the transport froze it. Addresses are
- * guest-physical, features the negotiated ones (bit numbers of virtio-v1.3 §6). */
+ * guest-physical: descriptor, driver and device area; features the negotiated ones (bit numbers
+ * of virtio-v1.3 §6), of which RING_PACKED decides the format. */
 struct vmm_vq_config {
 	uint64_t desc, avail, used;
 	uint64_t features;
 	uint16_t size;
-	uint16_t avail_at, used_at; /* 0, or where a saved queue goes on */
+	uint16_t avail_at, used_at; /* 0, or where a saved queue goes on: see vmm_vq_state() */
 };
 
 /* One descriptor chain: iov[0..nr_read) the device reads, the nr_write after them it writes. All
@@ -53,12 +59,13 @@ struct vmm_chain {
 struct vmm_vq;
 
 /* The host addresses of the three parts are looked up here and kept: RAM never moves. NULL with
- * errno EINVAL when size is not a power of two up to 32768 or a part is not aligned, EFAULT
- * when a part is not in RAM. One thread at a time uses a queue. */
+ * errno EINVAL when size is not up to 32768 (split: and a power of two) or a part is not
+ * aligned, EFAULT when a part is not in RAM. One thread at a time uses a queue. */
 struct vmm_vq *vmm_vq_create(const struct vmm_mem *mem, const struct vmm_vq_config *config);
 void vmm_vq_destroy(struct vmm_vq *vq);
 
-/* A verdict. After CHAIN the head is in flight until it is pushed. */
+/* A verdict. After CHAIN the head (packed: the buffer id), which is less than the queue's size, is
+ * in flight until it is pushed. */
 int vmm_vq_pop(struct vmm_vq *vq, struct vmm_chain *chain);
 /* Gives a chain back, `written` bytes of it filled (never told to be more than it has). */
 void vmm_vq_push(struct vmm_vq *vq, const struct vmm_chain *chain, uint64_t written);
@@ -73,6 +80,8 @@ void vmm_vq_refuse(struct vmm_vq *vq);
 int vmm_vq_broken(const struct vmm_vq *vq);
 /* Chains that were popped and not yet pushed. */
 uint32_t vmm_vq_inflight(const struct vmm_vq *vq);
+/* Where it stands: what vmm_vq_config says to go on there. Nothing may be in flight. */
+void vmm_vq_state(const struct vmm_vq *vq, uint16_t *avail_at, uint16_t *used_at);
 const char *vmm_vq_verdict_name(int verdict);
 
 /* cdef: end */

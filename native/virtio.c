@@ -1,12 +1,12 @@
 /* The state behind the registers of a virtio device: status, features, queues, interrupts.
  * How the two transports lay it out is in virtio_regs.c. */
-#include "virtio_regs.h"
-
 #include <errno.h>
 #include <linux/virtio_config.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+
+#include "virtio_regs.h" /* after what it may have to complete */
 
 struct vmm_virtio *vmm_virtio_create(const struct vmm_mem *mem, uint32_t device_id,
 				     uint64_t features, const uint16_t *sizes, uint32_t queues)
@@ -41,103 +41,6 @@ void vmm_virtio_destroy(struct vmm_virtio *v)
 	free(v->config);
 	free(v->vectors);
 	free(v);
-}
-
-/* ---- interrupts ---- */
-
-/* With the lock held: the line follows the ISR. */
-static void line_update(struct vmm_virtio *v)
-{
-	if (v->line && v->line_level)
-		vmm_irq_set(v->line, v->line_on && !v->vectors_on && v->isr != 0);
-}
-
-static void interrupt(struct vmm_virtio *v, uint32_t bit, uint16_t vector)
-{
-	if (v->vectors_on) {
-		/* NO_VECTOR is past the end as well. */
-		if (vector < v->nr_vectors)
-			vmm_irq_pulse(v->vectors[vector]);
-		return;
-	}
-	if (v->line_level || !v->line) {
-		/* Under the lock: the driver's read clears the bits and lowers the line. */
-		pthread_mutex_lock(&v->lock);
-		v->isr |= bit;
-		line_update(v);
-		pthread_mutex_unlock(&v->lock);
-		return;
-	}
-	v->isr |= bit;
-	/* Even when the bit was set already: an edge can get lost while the pin is masked. */
-	vmm_irq_pulse(v->line);
-}
-
-void vmm_virtio_notify(struct vmm_virtio *v, uint32_t queue)
-{
-	if (queue < v->nr && v->running)
-		interrupt(v, VMM_ISR_QUEUE, v->queues[queue].vector);
-}
-
-void vmm_virtio_fail(struct vmm_virtio *v)
-{
-	bool tell;
-
-	pthread_mutex_lock(&v->lock);
-	tell = v->running && !(v->status & VIRTIO_CONFIG_S_NEEDS_RESET);
-	if (v->running)
-		v->status |= VIRTIO_CONFIG_S_NEEDS_RESET;
-	pthread_mutex_unlock(&v->lock);
-	if (tell)
-		interrupt(v, VMM_ISR_CONFIG, v->config_vector);
-}
-
-uint32_t vmm_virtio_isr_take(struct vmm_virtio *v, uint32_t bits)
-{
-	uint32_t taken;
-
-	pthread_mutex_lock(&v->lock);
-	taken = atomic_fetch_and(&v->isr, ~bits) & bits;
-	line_update(v);
-	pthread_mutex_unlock(&v->lock);
-	return taken;
-}
-
-void vmm_virtio_line(struct vmm_virtio *v, struct vmm_irq *irq, int level)
-{
-	v->line = irq;
-	v->line_level = level;
-}
-
-void vmm_virtio_line_enable(struct vmm_virtio *v, int on)
-{
-	pthread_mutex_lock(&v->lock);
-	v->line_on = on;
-	line_update(v);
-	pthread_mutex_unlock(&v->lock);
-}
-
-int vmm_virtio_vectors(struct vmm_virtio *v, struct vmm_irq **irqs, uint32_t nr)
-{
-	v->vectors = calloc(nr ? nr : 1, sizeof(*irqs));
-	if (!v->vectors)
-		return -ENOMEM;
-	memcpy(v->vectors, irqs, nr * sizeof(*irqs));
-	v->nr_vectors = nr;
-	return 0;
-}
-
-void vmm_virtio_vectors_enable(struct vmm_virtio *v, int on)
-{
-	pthread_mutex_lock(&v->lock);
-	v->vectors_on = on;
-	line_update(v);
-	pthread_mutex_unlock(&v->lock);
-}
-
-void vmm_virtio_pci_rest(struct vmm_virtio *v, struct vmm_dev *rest)
-{
-	v->rest = rest;
 }
 
 /* ---- queues ---- */
@@ -176,25 +79,91 @@ static bool area_ok(struct vmm_virtio *v, uint64_t gpa, uint64_t len, uint64_t a
 	return !(gpa & (align - 1)) && vmm_mem_at(v->mem, gpa, len);
 }
 
-/* virtio-v1.3 §2.7: size, alignment and extent of the three areas of a split queue. */
+static bool accepted(const struct vmm_virtio *v, unsigned int bit)
+{
+	return v->accepted >> bit & 1;
+}
+
+/* Size, alignment and extent of the three areas of a queue: virtio-v1.3 §2.7, §2.8.10.1. */
 static bool queue_ok(struct vmm_virtio *v, const struct vmm_reg_queue *q)
 {
 	const uint64_t n = q->set.size;
 
-	return n && !(n & (n - 1)) && n <= q->max && area_ok(v, q->set.desc, 16 * n, 16) &&
-	       area_ok(v, q->set.driver, 6 + 2 * n, 2) && area_ok(v, q->set.device, 6 + 8 * n, 4);
+	if (!n || n > q->max || !area_ok(v, q->set.desc, 16 * n, 16))
+		return false;
+	if (accepted(v, VIRTIO_F_RING_PACKED))
+		return area_ok(v, q->set.driver, 4, 4) && area_ok(v, q->set.device, 4, 4);
+	return !(n & (n - 1)) && area_ok(v, q->set.driver, 6 + 2 * n, 2) &&
+	       area_ok(v, q->set.device, 6 + 8 * n, 4);
 }
 
-bool vmm_virtio_enable(struct vmm_virtio *v, struct vmm_reg_queue *q)
+int vmm_virtio_enable(struct vmm_virtio *v, struct vmm_reg_queue *q)
 {
-	if (v->running || !(v->status & VIRTIO_CONFIG_S_FEATURES_OK))
-		return false;
+	if (!(v->status & VIRTIO_CONFIG_S_FEATURES_OK) || (v->running && !q->was_reset)) {
+		v->refused++;
+		return VMM_ACCESS_DONE;
+	}
 	if (!queue_ok(v, q)) {
-		v->status |= VIRTIO_CONFIG_S_NEEDS_RESET;
-		return false;
+		v->refused++;
+		vmm_virtio_fail_locked(v);
+		return VMM_ACCESS_DONE;
 	}
 	q->set.enabled = 1;
-	return true;
+	q->was_reset = false;
+	q->starting = v->running;
+	return v->running ? VMM_ACCESS_COLD : VMM_ACCESS_DONE;
+}
+
+static void queue_defaults(struct vmm_reg_queue *q)
+{
+	q->set = (struct vmm_virtio_queue){ .size = q->max };
+	q->vector = VMM_NO_VECTOR;
+	q->was_reset = q->stopping = q->starting = false;
+}
+
+/* virtio-v1.3 §2.6.1. */
+int vmm_virtio_queue_reset(struct vmm_virtio *v, struct vmm_reg_queue *q)
+{
+	if (!accepted(v, VIRTIO_F_RING_RESET) || !(v->status & VIRTIO_CONFIG_S_FEATURES_OK) ||
+	    !q->set.enabled) {
+		v->refused++;
+		return VMM_ACCESS_DONE;
+	}
+	if (!v->running) {
+		queue_defaults(q);
+		return VMM_ACCESS_DONE;
+	}
+	q->stopping = true;
+	return VMM_ACCESS_COLD;
+}
+
+int vmm_virtio_queue_due(struct vmm_virtio *v, int start)
+{
+	int due = -1;
+
+	pthread_mutex_lock(&v->lock);
+	for (uint32_t i = 0; i < v->nr && due < 0; i++) {
+		struct vmm_reg_queue *q = &v->queues[i];
+
+		if (!start && q->stopping)
+			due = (int)i;
+		if (start && q->starting && !q->stopping) {
+			q->starting = false;
+			due = (int)i;
+		}
+	}
+	pthread_mutex_unlock(&v->lock);
+	return due;
+}
+
+void vmm_virtio_queue_stopped(struct vmm_virtio *v, uint32_t queue)
+{
+	if (queue >= v->nr)
+		return;
+	pthread_mutex_lock(&v->lock);
+	queue_defaults(&v->queues[queue]);
+	v->queues[queue].was_reset = v->running;
+	pthread_mutex_unlock(&v->lock);
 }
 
 int vmm_virtio_queue(struct vmm_virtio *v, uint32_t queue, struct vmm_virtio_queue *out)
@@ -274,14 +243,10 @@ void vmm_virtio_clear(struct vmm_virtio *v)
 	v->accepted_beyond = false;
 	v->offered_sel = v->accepted_sel = v->queue_sel = 0;
 	v->config_vector = VMM_NO_VECTOR;
-	for (uint32_t i = 0; i < v->nr; i++) {
-		struct vmm_reg_queue *q = &v->queues[i];
-
-		q->set = (struct vmm_virtio_queue){ .size = q->max };
-		q->vector = VMM_NO_VECTOR;
-	}
+	for (uint32_t i = 0; i < v->nr; i++)
+		queue_defaults(&v->queues[i]);
 	v->isr = 0;
-	line_update(v);
+	vmm_virtio_line_update(v);
 }
 
 void vmm_virtio_reset(struct vmm_virtio *v)
@@ -321,7 +286,6 @@ uint64_t vmm_virtio_refused(struct vmm_virtio *v)
 int vmm_virtio_config(struct vmm_virtio *v, const uint8_t *bytes, uint32_t len, int notify)
 {
 	uint8_t *copy, *old;
-	bool tell;
 
 	if (len > VMM_VIRTIO_MAX_CONFIG)
 		return -E2BIG;
@@ -334,10 +298,9 @@ int vmm_virtio_config(struct vmm_virtio *v, const uint8_t *bytes, uint32_t len, 
 	v->config = copy;
 	v->config_len = len;
 	v->generation++;
-	tell = notify && v->running;
+	if (notify)
+		vmm_virtio_tell_config(v);
 	pthread_mutex_unlock(&v->lock);
 	free(old);
-	if (tell)
-		interrupt(v, VMM_ISR_CONFIG, v->config_vector);
 	return 0;
 }

@@ -11,6 +11,7 @@
 /* Where the structures of virtio-pci are in its one BAR. virtio-v1.3 §4.1.4. */
 enum {
 	VMM_VIRTIO_PCI_COMMON = 0x0000,
+	VMM_VIRTIO_PCI_COMMON_SIZE = 0x3c,
 	VMM_VIRTIO_PCI_ISR = 0x1000,
 	VMM_VIRTIO_PCI_DEVICE = 0x2000,
 	VMM_VIRTIO_PCI_NOTIFY = 0x3000, /* 4 bytes per queue */
@@ -20,15 +21,16 @@ enum {
 
 enum { VMM_VIRTIO_MAX_QUEUES = 256, VMM_VIRTIO_MAX_CONFIG = 0x1000 };
 
-/* One queue as its driver set it up. Once enabled, validated (size a power of two within the
- * maximum, areas aligned and wholly in RAM) and frozen until reset. */
+/* One queue as its driver set it up. Once enabled, validated (size within the maximum and, if split,
+ * a power of two; areas aligned and wholly in RAM) and frozen until reset. */
 struct vmm_virtio_queue {
 	uint64_t desc, driver, device; /* guest-physical */
 	uint32_t size, enabled;
 };
 
 /* The register file of one device: served on vCPU threads in C, except for what Python must act
- * on (DRIVER_OK, the reset of a running device, writes to the configuration space). */
+ * on (DRIVER_OK, the reset of a running device or of one of its queues, writes to the
+ * configuration space). */
 struct vmm_virtio;
 
 /* features: all that are offered. sizes: the maximum of each queue. NULL when out of memory or
@@ -68,6 +70,12 @@ int vmm_virtio_config(struct vmm_virtio *v, const uint8_t *bytes, uint32_t len, 
 int vmm_virtio_start(struct vmm_virtio *v);
 /* Back to the state after power-on. The device has been stopped. */
 void vmm_virtio_reset(struct vmm_virtio *v);
+
+/* After a write of queue_reset or queue_enable that C left to Python: the next queue that is to be
+ * stopped (`start` 0) or started, or -1. Stopping goes on until vmm_virtio_queue_stopped(), which
+ * puts the queue's registers back; what is to be started is handed out once. */
+int vmm_virtio_queue_due(struct vmm_virtio *v, int start);
+void vmm_virtio_queue_stopped(struct vmm_virtio *v, uint32_t queue);
 
 uint32_t vmm_virtio_status(struct vmm_virtio *v);
 uint64_t vmm_virtio_driver_features(struct vmm_virtio *v);

@@ -1,15 +1,14 @@
 /* How virtio's registers lie in an address range: virtio-mmio (virtio-v1.3 §4.2.2) and the BAR of
  * virtio-pci (virtio-v1.3 §4.1.4). Runs on vCPU threads. */
-#include "virtio_regs.h"
-
 #include <linux/virtio_mmio.h>
 #include <linux/virtio_pci.h>
 #include <string.h>
 
+#include "virtio_regs.h" /* after what it may have to complete */
+
 #define MMIO_VERSION 2
 #define VENDOR 0x4d4d56 /* "VMM", little-endian */
 #define MMIO_QUEUE_RESET 0x0c0
-#define PCI_COMMON_SIZE 0x38
 
 static uint32_t half(uint64_t value, uint32_t sel)
 {
@@ -63,7 +62,7 @@ static void set_size(struct vmm_virtio *v, uint32_t size)
 		q->set.size = size; /* judged when the queue is enabled */
 }
 
-static void enable(struct vmm_virtio *v, uint32_t value)
+static int enable(struct vmm_virtio *v, uint32_t value)
 {
 	struct vmm_reg_queue *q = selected(v);
 
@@ -71,8 +70,21 @@ static void enable(struct vmm_virtio *v, uint32_t value)
 		v->refused++;
 	else if (!value)
 		q->set.enabled = 0;
-	else if (!q->set.enabled && !vmm_virtio_enable(v, q))
-		v->refused++;
+	else if (!q->set.enabled)
+		return vmm_virtio_enable(v, q);
+	else if (q->starting)
+		return VMM_ACCESS_COLD; /* Python asks once more on its way */
+	return VMM_ACCESS_DONE;
+}
+
+static int queue_reset(struct vmm_virtio *v, uint32_t value)
+{
+	struct vmm_reg_queue *q = selected(v);
+
+	if (q && value == 1)
+		return vmm_virtio_queue_reset(v, q);
+	v->refused++;
+	return VMM_ACCESS_DONE;
 }
 
 static int config_access(struct vmm_virtio *v, uint64_t offset, uint32_t size, uint8_t *data,
@@ -116,6 +128,8 @@ static uint32_t mmio_read(struct vmm_virtio *v, uint64_t reg)
 		return q ? q->max : 0;
 	case VIRTIO_MMIO_QUEUE_READY:
 		return q ? q->set.enabled : 0;
+	case MMIO_QUEUE_RESET:
+		return q && q->stopping;
 	case VIRTIO_MMIO_STATUS:
 		return v->status;
 	case VIRTIO_MMIO_CONFIG_GENERATION:
@@ -149,8 +163,7 @@ static int mmio_write(struct vmm_virtio *v, uint64_t reg, uint32_t value)
 		set_size(v, value);
 		break;
 	case VIRTIO_MMIO_QUEUE_READY:
-		enable(v, value);
-		break;
+		return enable(v, value);
 	case VIRTIO_MMIO_STATUS:
 		return vmm_virtio_write_status(v, (uint8_t)value);
 	case VIRTIO_MMIO_QUEUE_DESC_LOW:
@@ -161,8 +174,9 @@ static int mmio_write(struct vmm_virtio *v, uint64_t reg, uint32_t value)
 	case VIRTIO_MMIO_QUEUE_USED_HIGH:
 		set_address(v, (reg - VIRTIO_MMIO_QUEUE_DESC_LOW) >> 4, (reg >> 2) & 1, value);
 		break;
-	case VIRTIO_MMIO_SHM_SEL:
 	case MMIO_QUEUE_RESET:
+		return queue_reset(v, value);
+	case VIRTIO_MMIO_SHM_SEL:
 		break;
 	default:
 		v->refused++;
@@ -210,7 +224,7 @@ static void common_image(struct vmm_virtio *v, uint8_t *at)
 {
 	const struct vmm_reg_queue *q = selected(v);
 
-	memset(at, 0, PCI_COMMON_SIZE);
+	memset(at, 0, VMM_VIRTIO_PCI_COMMON_SIZE);
 	vmm_put_le(at + VIRTIO_PCI_COMMON_DFSELECT, v->offered_sel, 4);
 	vmm_put_le(at + VIRTIO_PCI_COMMON_DF, half(v->offered, v->offered_sel), 4);
 	vmm_put_le(at + VIRTIO_PCI_COMMON_GFSELECT, v->accepted_sel, 4);
@@ -229,6 +243,7 @@ static void common_image(struct vmm_virtio *v, uint8_t *at)
 	vmm_put_le(at + VIRTIO_PCI_COMMON_Q_DESCLO, q->set.desc, 8);
 	vmm_put_le(at + VIRTIO_PCI_COMMON_Q_AVAILLO, q->set.driver, 8);
 	vmm_put_le(at + VIRTIO_PCI_COMMON_Q_USEDLO, q->set.device, 8);
+	vmm_put_le(at + VIRTIO_PCI_COMMON_Q_RESET, q->stopping, 2);
 }
 
 /* A vector that does not exist reads back as NO_VECTOR. virtio-v1.3 §4.1.5.1.2. */
@@ -284,10 +299,11 @@ static int common_write2(struct vmm_virtio *v, uint64_t reg, uint32_t value)
 	case VIRTIO_PCI_COMMON_Q_ENABLE:
 		/* virtio-v1.3 §4.1.4.3.2: only reset ends it. */
 		if (value == 1)
-			enable(v, value);
-		else
-			v->refused++;
+			return enable(v, value);
+		v->refused++;
 		break;
+	case VIRTIO_PCI_COMMON_Q_RESET:
+		return queue_reset(v, value);
 	default:
 		v->refused++;
 	}
@@ -297,7 +313,7 @@ static int common_write2(struct vmm_virtio *v, uint64_t reg, uint32_t value)
 static int common_access(struct vmm_virtio *v, uint64_t offset, uint32_t size, uint8_t *data,
 			 int is_write)
 {
-	uint8_t image[PCI_COMMON_SIZE];
+	uint8_t image[VMM_VIRTIO_PCI_COMMON_SIZE];
 	int rc = VMM_ACCESS_DONE;
 
 	pthread_mutex_lock(&v->lock);

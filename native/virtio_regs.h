@@ -12,9 +12,20 @@
 #define VMM_ISR_QUEUE 1	     /* virtio-v1.3 §4.1.4.5; the same bits in mmio's InterruptStatus */
 #define VMM_ISR_CONFIG 2
 
+/* Kernel headers before 6.0 lack these. */
+#ifndef VIRTIO_F_RING_RESET
+#define VIRTIO_F_RING_RESET 40
+#endif
+#ifndef VIRTIO_PCI_COMMON_Q_RESET
+#define VIRTIO_PCI_COMMON_Q_RESET 58
+#endif
+
 struct vmm_reg_queue {
 	struct vmm_virtio_queue set;
 	uint16_t max;
+	/* RING_RESET: it was reset while the device runs, so it may be enabled again; Python has to
+	 * stop it; Python has to start it. */
+	bool was_reset, stopping, starting;
 	_Atomic uint16_t vector;
 	int kick;
 	struct vmm_virtio_kick *_Atomic call;
@@ -52,8 +63,12 @@ struct vmm_virtio {
 
 /* With the lock held. */
 int vmm_virtio_write_status(struct vmm_virtio *v, uint8_t value); /* VMM_ACCESS_* */
-bool vmm_virtio_enable(struct vmm_virtio *v, struct vmm_reg_queue *q);
+int vmm_virtio_enable(struct vmm_virtio *v, struct vmm_reg_queue *q); /* VMM_ACCESS_* */
+int vmm_virtio_queue_reset(struct vmm_virtio *v, struct vmm_reg_queue *q);
 void vmm_virtio_clear(struct vmm_virtio *v);
+void vmm_virtio_line_update(struct vmm_virtio *v); /* the line follows the ISR */
+void vmm_virtio_fail_locked(struct vmm_virtio *v);
+void vmm_virtio_tell_config(struct vmm_virtio *v); /* of a change; not before it runs */
 /* Without it. */
 void vmm_virtio_kick(struct vmm_virtio *v, uint32_t queue);
 uint32_t vmm_virtio_isr_take(struct vmm_virtio *v, uint32_t bits);

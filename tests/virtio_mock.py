@@ -25,6 +25,8 @@ ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, FAILED = 1, 2, 4, 8, 6
 VERSION_1 = 1 << 32
 INDIRECT_DESC = 1 << 28
 EVENT_IDX = 1 << 29
+RING_PACKED = 1 << 34
+RING_RESET = 1 << 40
 NEXT, WRITE, INDIRECT = 1, 2, 4
 
 
@@ -93,6 +95,12 @@ class MmioRegs:
 
     def config(self, offset: int, size: int) -> int:
         return self.bus.read(self.base + 0x100 + offset, size)
+
+    def reset_queue(self, queue: int) -> bool:
+        """Whether it is over at once. virtio-v1.3 §2.6.1."""
+        self.w(0x30, queue)
+        self.w(0xC0, 1)
+        return self.r(0xC0) == 0 == self.r(0x44)
 
     def set_config(self, offset: int, size: int, value: int) -> None:
         self.bus.write(self.base + 0x100 + offset, size, value)
@@ -218,6 +226,12 @@ class PciRegs:
 
     def config(self, offset: int, size: int) -> int:
         return self.bus.read(self.places[4] + offset, size)
+
+    def reset_queue(self, queue: int) -> bool:
+        """Whether it is over at once. virtio-v1.3 §2.6.1."""
+        self.w(0x16, 2, queue)
+        self.w(0x3A, 2, 1)
+        return self.r(0x3A, 2) == 0 == self.r(0x1C, 2)
 
     def set_config(self, offset: int, size: int, value: int) -> None:
         self.bus.write(self.places[4] + offset, size, value)
@@ -370,6 +384,7 @@ class Driver:
         self.next = first
         self.end = end or memory.ranges[0].gpa + memory.ranges[0].size
         self.queues: dict[int, Queue] = {}
+        self.features = 0
 
     def alloc(self, size: int, align: int = 16) -> int:
         at = (self.next + align - 1) // align * align
@@ -387,11 +402,15 @@ class Driver:
         self.regs.accept(features)
         self.regs.status = ACKNOWLEDGE | DRIVER | FEATURES_OK
         assert self.regs.status == ACKNOWLEDGE | DRIVER | FEATURES_OK
+        self.features = features
         return features
 
     def setup_queue(self, index: int, size: int = 0) -> Queue:
         """Lay out and enable one queue; ``size`` 0 is the device's maximum."""
-        queue = Queue(self, index, size or self.regs.queue_max(index))
+        from tests.virtio_packed import PackedQueue
+
+        kind = PackedQueue if self.features & RING_PACKED else Queue
+        queue = kind(self, index, size or self.regs.queue_max(index))
         self.regs.set_queue(index, queue.size, queue.desc, queue.avail, queue.used)
         assert self.regs.enable(index)
         self.queues[index] = queue

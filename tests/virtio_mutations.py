@@ -47,11 +47,12 @@ class Layout:
         self.field(desc, "<I", 8, value & 0xFFFFFFFF)
 
     def flags(self, desc: int, change: int) -> None:
-        old = self.ring.memory.read_int(desc + 12, 2)
-        self.field(desc, "<H", 12, old ^ change)
+        old = self.ring.memory.read_int(desc + self.ring.FLAGS, 2)
+        self.field(desc, "<H", self.ring.FLAGS, old ^ change)
 
     def following(self, desc: int, value: int) -> None:
-        self.field(desc, "<H", 14, value & 0xFFFF)
+        """The index of the next descriptor; in a packed queue, the buffer id."""
+        self.field(desc, "<H", self.ring.OTHER, value & 0xFFFF)
 
     def edge(self, at: int) -> int:
         """The end of RAM range ``at``."""
@@ -60,8 +61,10 @@ class Layout:
 
 
 def next_self(lay: Layout, desc: int, n: int) -> None:
-    """A descriptor of the queue's table that leads to itself; in an indirect table, to any."""
-    lay.field(desc, "<H", 12, lay.ring.memory.read_int(desc + 12, 2) | DESC_F_NEXT)
+    """A descriptor of the queue's table that leads to itself; in an indirect table, to any; in a
+    packed queue, to the one after it."""
+    flags = lay.ring.memory.read_int(desc + lay.ring.FLAGS, 2)
+    lay.field(desc, "<H", lay.ring.FLAGS, flags | DESC_F_NEXT)
     index = (desc - lay.ring.desc) // 16
     lay.following(desc, index if 0 <= index < lay.ring.size else n % lay.ring.size)
 
@@ -89,8 +92,9 @@ MUTATIONS: dict[str, Callable[[Layout, int, int], None]] = {
     "addr_end": lambda lay, d, n: lay.addr(d, lay.edge(1) - n % 64),
     "addr_mmio": lambda lay, d, n: lay.addr(d, 0xFEE00000 + n),
     "addr_ring": lambda lay, d, n: lay.addr(d, lay.ring.desc + n % 512),
+    "flip_offer": lambda lay, d, n: lay.flags(d, (0x80, 0x8000, 0x8080)[n % 3]),
     "dup_head": dup_head,
     "head_far": lambda lay, d, n: lay.ring.publish(n),
-    "idx_jump": lambda lay, d, n: lay.ring.set_avail_idx(lay.ring.avail_idx + n % 40),
-    "idx_back": lambda lay, d, n: lay.ring.set_avail_idx(lay.ring.avail_idx - 1 - n % 40),
+    "idx_jump": lambda lay, d, n: lay.ring.jump(n % 40),
+    "idx_back": lambda lay, d, n: lay.ring.back(1 + n % 40),
 }

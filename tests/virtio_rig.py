@@ -18,7 +18,16 @@ TRANSPORTS = ("mmio", "pci")
 class Rig(virtio_mock.Rig):
     """Owns the memory and the I/O thread too."""
 
-    def __init__(self, device: VirtioDevice, transport: str, *, backing: str = "anon") -> None:
+    def __init__(
+        self,
+        device: VirtioDevice,
+        transport: str,
+        *,
+        backing: str = "anon",
+        packed: bool = False,
+    ) -> None:
+        """``packed``: offer packed queues, which the driver takes."""
+        device.packed = packed
         memory = GuestMemory([(0, RAM), (HIGH, 1 << 20)], backing=backing)
         self.loop = lib.vmm_loop_create()
         device.attach(memory, self.loop)

@@ -57,6 +57,7 @@ class MachineConfig:
     cpus: int
     cpu: str
     transport: str
+    packed: bool
     acpi: bool
     memory_backing: str
     hugepages: bool
@@ -90,6 +91,7 @@ class MachineConfig:
             cpus: int | str = 1,
             cpu: str = "host",
             transport: str = "pci",
+            packed: bool = False,
             acpi: bool = True,
             memory_backing: str = "auto",
             hugepages: bool = False,

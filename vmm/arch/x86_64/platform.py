@@ -236,6 +236,7 @@ def _virtio_devices(board: Board) -> list[VirtioDevice]:
         placement.pin(board.loop)
         for device in devices:
             device.placement = placement
+            device.packed = config.packed
             device.attach(board.memory, board.loop)
     except BaseException:
         for device in devices:

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 # Feature bit numbers, virtio-v1.3 §6.
 F_INDIRECT_DESC = 28
 F_EVENT_IDX = 29
-#: What native/ring.c can do, offered by every device.
+F_RING_PACKED = 34
+F_IN_ORDER = 35
+F_RING_RESET = 40
+#: What native/ring.h can do, offered by every device.
 RING_FEATURES = 1 << F_INDIRECT_DESC | 1 << F_EVENT_IDX
 
 
@@ -42,6 +45,11 @@ class VirtioDevice(Device):
     QUEUE_SIZES: tuple[int, ...] = ()
     #: Queues that the notifying vCPU's own thread serves: they get no ioeventfd.
     DIRECT_QUEUES: tuple[int, ...] = ()
+    #: Every queue's chains come back in the order they came. virtio-v1.3 §2.7.10.
+    IN_ORDER = False
+    #: Whether its queues go through native/ring.h or vmm/devices/virtio/queue.py, which know
+    #: packed queues. A device whose rings somebody else walks (vhost) says False.
+    CAN_PACK = True
     #: What Linux must be built with to use the device.
     KERNEL_CONFIG = ""
 
@@ -54,8 +62,11 @@ class VirtioDevice(Device):
         self.activations = 0
         #: Set before ``attach``.
         self.placement = Placement()
+        #: Offer packed queues; the machine sets it before a transport takes the device.
+        self.packed = False
         self._memory: GuestMemory | None = None
         self._active = False
+        self._irqs: QueueIrqs | None = None
         self._reports = [ffi.new("struct vmm_service_report *") for _ in self.QUEUE_SIZES]
         self._kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in self.QUEUE_SIZES]
 
@@ -77,6 +88,13 @@ class VirtioDevice(Device):
         """Stop every queue; return when nothing is in flight. Harmless when none was started."""
         raise NotImplementedError
 
+    def stop_queue(self, index: int) -> None:
+        """Stop one queue; return when nothing of it is in flight. It may be started again. A
+        device of several queues that has this offers RING_RESET."""
+        if len(self.QUEUE_SIZES) != 1:
+            raise NotImplementedError
+        self.stop_queues()
+
     # ---- the contract ---------------------------------------------------------------------------
 
     def attach(self, memory: GuestMemory, loop: Any) -> None:
@@ -85,7 +103,11 @@ class VirtioDevice(Device):
         self._memory = memory
 
     def host_features(self) -> int:
-        return RING_FEATURES | self.device_features()
+        bits = RING_FEATURES | int(self.IN_ORDER) << F_IN_ORDER
+        bits |= int(self.packed and self.CAN_PACK) << F_RING_PACKED
+        by_queue = type(self).stop_queue is not VirtioDevice.stop_queue
+        bits |= int(by_queue or len(self.QUEUE_SIZES) == 1) << F_RING_RESET
+        return bits | self.device_features()
 
     def kick_fd(self, queue: int) -> int:
         return self._kicks[queue]
@@ -98,28 +120,31 @@ class VirtioDevice(Device):
         self.features = features
         self.activations += 1
         self._active = True
+        self._irqs = irqs
         for index, queue in enumerate(queues):
-            if queue is None:
-                continue
-            config = ffi.new("struct vmm_service_config *")
-            config.vq.desc, config.vq.avail, config.vq.used = (
-                queue.desc,
-                queue.driver,
-                queue.device,
-            )
-            config.vq.size, config.vq.features = queue.size, features
-            config.mem = self._memory.table
-            config.virtio = irqs.native
-            config.index = index
-            config.kick_fd = self._kicks[index]
-            config.report = self._reports[index]
-            if self.start_queue(index, config):
-                irqs.fail()
+            if queue is not None:
+                self.restart_queue(index, queue)
+
+    def restart_queue(self, index: int, queue: QueueConfig) -> None:
+        """Begin to serve one queue: at activation, or after ``stop_queue``."""
+        assert self._memory is not None and self._irqs is not None
+        config = ffi.new("struct vmm_service_config *")
+        vq = config.vq
+        vq.desc, vq.avail, vq.used = queue.desc, queue.driver, queue.device
+        vq.size, vq.features = queue.size, self.features
+        config.mem = self._memory.table
+        config.virtio = self._irqs.native
+        config.index = index
+        config.kick_fd = self._kicks[index]
+        config.report = self._reports[index]
+        if self.start_queue(index, config):
+            self._irqs.fail()
 
     def deactivate(self) -> None:
         if self._active:
             self.stop_queues()
         self._active = False
+        self._irqs = None
         self.features = 0
 
     def write_config(self, offset: int, size: int, value: int) -> None:

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from vmm.irq import IrqLine
     from vmm.memory import GuestMemory
 
+QUEUE_READY = 0x044
 QUEUE_NOTIFY = 0x050
 STATUS = 0x070
+QUEUE_RESET = 0x0C0
 CONFIG = 0x100
 
 
@@ -57,6 +59,8 @@ class VirtioMmio(NativeDevice):
     def cold_write(self, offset: int, size: int, value: int) -> None:
         if offset == STATUS:
             self.core.write_status(value & 0xFF)
+        elif offset in (QUEUE_READY, QUEUE_RESET):
+            self.core.queues_changed()
         elif offset >= CONFIG:
             self.core.write_config(offset - CONFIG, size, value)
 

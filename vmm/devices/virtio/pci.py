@@ -34,10 +34,10 @@ _CAP_VENDOR = 0x09
 # Structures a capability can point to. virtio-v1.3 §4.1.4.
 CFG_COMMON, CFG_NOTIFY, CFG_ISR, CFG_DEVICE, CFG_PCI = 1, 2, 3, 4, 5
 NOTIFY_OFF_MULTIPLIER = 4
-COMMON_SIZE = 0x38
-_STATUS = 0x14
+_STATUS, _QUEUE_ENABLE, _QUEUE_RESET = 0x14, 0x1C, 0x3A
 
 _COMMON = int(lib.VMM_VIRTIO_PCI_COMMON)
+COMMON_SIZE = int(lib.VMM_VIRTIO_PCI_COMMON_SIZE)
 _ISR = int(lib.VMM_VIRTIO_PCI_ISR)
 _DEVICE = int(lib.VMM_VIRTIO_PCI_DEVICE)
 _NOTIFY = int(lib.VMM_VIRTIO_PCI_NOTIFY)
@@ -81,6 +81,8 @@ class _Registers(NativeDevice):
             self._core.write_config(offset - _DEVICE, size, value)
         elif offset == _COMMON + _STATUS:
             self._core.write_status(value & 0xFF)
+        elif offset in (_COMMON + _QUEUE_ENABLE, _COMMON + _QUEUE_RESET):
+            self._core.queues_changed()
 
 
 class VirtioPci(PciDevice):

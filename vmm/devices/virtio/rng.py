@@ -17,6 +17,7 @@ class Rng(VirtioDevice):
 
     DEVICE_ID = 4
     QUEUE_SIZES = (16,)
+    IN_ORDER = True
     KERNEL_CONFIG = "CONFIG_HW_RANDOM_VIRTIO"
 
     def __init__(self, name: str = "rng0") -> None:

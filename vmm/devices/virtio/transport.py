@@ -4,8 +4,8 @@ share.
 The registers themselves are served in C (native/virtio.h), so that a driver's probe costs no
 Python: the status machine, feature paging, queue selection, validation and the one-time copy of
 each queue's size and addresses, interrupt status, vectors, and reads of the configuration space.
-Python acts on three events: DRIVER_OK, the reset of a running device, a write to the
-configuration space. virtio-v1.3 §2, §3.1.
+Python acts on four events: DRIVER_OK, the reset of a running device or of one of its queues, a
+write to the configuration space. virtio-v1.3 §2, §3.1.
 
 The contract, device side (vmm/devices/virtio/device.py has the base class):
 
@@ -17,6 +17,8 @@ The contract, device side (vmm/devices/virtio/device.py has the base class):
 - ``write_config(offset, size, value)``: a driver's write, wholly inside ``config``.
 - ``activate(features, queues, irqs)``: the driver said DRIVER_OK. One entry per queue, None where
   the driver did not enable it. Addresses are in RAM, aligned, and will not change until reset.
+- ``stop_queue(queue)``, ``restart_queue(queue, config)``: one queue of a running device, where
+  RING_RESET was negotiated (virtio-v1.3 §2.6.1). The first returns as ``deactivate`` does.
 - ``deactivate()``: returns only when nothing is in flight and no thread touches the queues.
 - ``kick_fd(queue)``: an eventfd of the device that lives as long as the device does. It may be
   signalled at any time, also before ``activate``; that must be harmless.
@@ -24,7 +26,7 @@ The contract, device side (vmm/devices/virtio/device.py has the base class):
   the vCPU that notifies.
 - ``reset()`` and ``close()`` as every Device.
 
-``activate``, ``deactivate`` and ``write_config`` run on a vCPU thread, one at a time per machine.
+``activate``, ``deactivate``, the two about one queue and ``write_config`` run on a vCPU thread, one at a time per machine.
 I/O threads interrupt through ``irqs.native``: vmm_virtio_notify(native, queue) and
 vmm_virtio_fail(native) may be called on any thread.
 """
@@ -61,7 +63,7 @@ ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, FAILED = 1, 2, 4, 8, 6
 
 class QueueConfig:
     """One enabled queue: its size in descriptors and the guest-physical addresses of descriptor
-    table, driver area (available ring) and device area (used ring). virtio-v1.3 §2.7."""
+    area, driver area and device area. virtio-v1.3 §2.6."""
 
     __slots__ = ("desc", "device", "driver", "size")
 
@@ -146,6 +148,17 @@ class VirtioTransport:
                 [self._queue(i) for i in range(self.queues)],
                 QueueIrqs(self),
             )
+
+    def queues_changed(self) -> None:
+        """A queue of a running device was reset or enabled again."""
+        while (queue := lib.vmm_virtio_queue_due(self.native, 0)) >= 0:
+            if self.active:
+                self.device.stop_queue(queue)
+            lib.vmm_virtio_queue_stopped(self.native, queue)
+        while (queue := lib.vmm_virtio_queue_due(self.native, 1)) >= 0:
+            config = self._queue(queue)
+            if self.active and config is not None:
+                self.device.restart_queue(queue, config)
 
     def write_config(self, offset: int, size: int, value: int) -> None:
         """A driver's write to the device configuration space."""
