@@ -102,12 +102,15 @@ class VirtioDevice(Device):
         both outlive the device. Raises HostError."""
         self._memory = memory
 
-    def host_features(self) -> int:
+    def ring_features(self) -> int:
+        """What the walk of its queues can do."""
         bits = RING_FEATURES | int(self.IN_ORDER) << F_IN_ORDER
-        bits |= int(self.packed and self.CAN_PACK) << F_RING_PACKED
+        return bits | int(self.packed and self.CAN_PACK) << F_RING_PACKED
+
+    def host_features(self) -> int:
         by_queue = type(self).stop_queue is not VirtioDevice.stop_queue
-        bits |= int(by_queue or len(self.QUEUE_SIZES) == 1) << F_RING_RESET
-        return bits | self.device_features()
+        reset = int(by_queue or len(self.QUEUE_SIZES) == 1) << F_RING_RESET
+        return self.ring_features() | reset | self.device_features()
 
     def kick_fd(self, queue: int) -> int:
         return self._kicks[queue]

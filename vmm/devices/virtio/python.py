@@ -12,7 +12,7 @@ import os
 import select
 import threading
 
-from vmm.devices.virtio.device import F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice
+from vmm.devices.virtio.device import VirtioDevice
 from vmm.devices.virtio.queue import VERDICTS, Queue
 from vmm.errors import ConfigError
 
@@ -134,7 +134,7 @@ class PythonVirtioDevice(VirtioDevice):
         super().plug(board)
 
     def host_features(self) -> int:
-        return 1 << F_INDIRECT_DESC | 1 << F_EVENT_IDX | self.device_features()
+        return self.ring_features() | self.device_features()
 
     def activate(self, features: int, queues: list[QueueConfig | None], irqs: QueueIrqs) -> None:
         assert self._memory is not None
