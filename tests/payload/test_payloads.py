@@ -20,6 +20,12 @@ TABLE: dict[str, dict[str, Any]] = tomllib.loads((ROOT / "guests" / "payloads.to
 pytestmark = pytest.mark.usefixtures("kvm")
 
 
+def zeros(path: Path, size: str) -> Path:
+    with path.open("wb") as file:
+        file.truncate(parse_size(size))
+    return path
+
+
 def options(row: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """A stanza as keywords of Machine."""
     image = BUILT / row["file"]
@@ -28,11 +34,10 @@ def options(row: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     for nr, text in enumerate(row.get("modules", [])):
         modules.append(tmp_path / f"module{nr}")
         modules[nr].write_text(text)
-    disks = []
-    if "disk" in row:
-        disks.append(tmp_path / "disk.img")
-        with disks[0].open("wb") as file:
-            file.truncate(parse_size(row["disk"]))
+    disks = [zeros(tmp_path / "disk.img", row["disk"])] if "disk" in row else []
+    devices = [parse(text, str(ROOT)) for text in row.get("devices", [])]
+    if "pmem" in row:
+        devices.append(parse(f"pmem,{zeros(tmp_path / 'pmem.img', row['pmem'])}"))
     return {
         "kernel": image,
         "disks": disks,
@@ -42,7 +47,7 @@ def options(row: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
         "append": row.get("append", ""),
         "initrds": modules,
         "transport": row.get("transport", "pci"),
-        "devices": [parse(text, str(ROOT)) for text in row.get("devices", [])],
+        "devices": devices,
         "timeout": row["timeout"],
         "testdev": True,
     }

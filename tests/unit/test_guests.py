@@ -14,7 +14,7 @@ GUESTS = Path(__file__).resolve().parents[2] / "guests"
 TABLE = tomllib.loads((GUESTS / "payloads.toml").read_text())
 KEYS = {
     "append", "boot", "cpus", "devices", "disk", "exit", "file", "memory", "modules", "output",
-    "reason", "timeout", "transport",
+    "pmem", "reason", "timeout", "transport",
 }  # fmt: skip
 
 
