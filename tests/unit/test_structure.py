@@ -13,7 +13,7 @@ PACKAGE = Path(vmm.__file__).parent
 
 #: Rooms from the bottom up: a module imports from its own room or one below it.
 ROOMS = [
-    {"errors", "host", "_native", "values", "options", "disk"},
+    {"errors", "host", "_native", "values", "options", "disk", "listener"},
     {"memory", "kvm", "bus", "irq", "device", "catalog", "settings", "config", "result"},
     {"chario", "console", "terminal", "oops", "diagnose"},
     {"chardev", "board", "vcpus", "ending"},

@@ -708,8 +708,8 @@ def test_out_of_descriptors(one: Guest, service: socket.socket) -> None:
     clients = [one.own(socket.socket(socket.AF_UNIX)) for _ in range(3)]
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(c.fileno() for c in clients) + 1, limits[1]))
+    fillers: list[int] = []
     try:
-        fillers = []
         while True:
             try:
                 fillers.append(os.open("/dev/null", os.O_RDONLY))

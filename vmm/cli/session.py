@@ -85,7 +85,7 @@ class Session:
         if threading.current_thread() is not threading.main_thread():
             return
         self._old_wakeup = signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
-        for number in (*ENDING, signal.SIGCONT):
+        for number in (*ENDING, signal.SIGCONT, signal.SIGWINCH):
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup
             self._old.append((number, signal.signal(number, _nothing)))
@@ -126,6 +126,8 @@ class Session:
             self._connect_terminal()
             for console in self._consoles:
                 console.input.kick()
+        elif number == signal.SIGWINCH:
+            self._tell_size()
         elif number in ENDING:
             if self.signal:
                 # The user insists; building or ending a machine in order takes too long.
@@ -152,6 +154,17 @@ class Session:
     def _connect_terminal(self) -> None:
         if self._on_screen() and not self._done:
             self.terminal.make_raw()
+
+        self._tell_size()
+
+    def _tell_size(self) -> None:
+        """The guest's console is as large as the terminal it is on."""
+        if self.config.console == "stdio" and os.isatty(self.terminal.fd) and not self._done:
+            from vmm.devices.virtio.console import Console
+
+            for device in self.machine.devices:
+                if isinstance(device, Console):
+                    device.resize(*self.terminal.size())
 
     # ---- what is said ---------------------------------------------------------------------
 

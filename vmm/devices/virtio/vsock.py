@@ -14,6 +14,7 @@ import struct
 from vmm._native import ffi, lib
 from vmm.devices.virtio.device import VirtioDevice
 from vmm.errors import ConfigError, HostError
+from vmm.listener import Listener, bind
 from vmm.options import Field
 from vmm.values import parse_path
 
@@ -30,9 +31,7 @@ if TYPE_CHECKING:
 #: The first CID a guest may have: 0 to 2 are reserved. virtio-v1.3 §5.10.4.
 FIRST_CID = 3
 _LAST_CID = 0xFFFF_FFFE
-#: sun_path of unix(7), less its NUL byte and the longest ``_PORT``.
-_PATH_MAX = 107 - len("_4294967295")
-_BACKLOG = 128
+_WHAT = "A vsock socket"
 
 
 def _parse_cid(text: str) -> int:
@@ -77,13 +76,12 @@ class Vsock(VirtioDevice):
         super().__init__(name)
         self.path = path
         self._native = ffi.NULL
-        self._listener: Any = None
-        self._inode = (0, 0)
+        self._listener: Listener | None = None
         self._irqs: QueueIrqs | None = None
         self._set_cid(cid)
         if path is not None:
             try:
-                self._listen(path)
+                self._listener = Listener(path, _WHAT, spare=len("_4294967295"))
             except BaseException:
                 self.close()
                 raise
@@ -91,16 +89,6 @@ class Vsock(VirtioDevice):
     def _set_cid(self, cid: int) -> None:
         self.cid = cid
         self.config[:] = struct.pack("<Q", cid)
-
-    def _listen(self, path: str) -> None:
-        if len(os.fsencode(path)) > _PATH_MAX:
-            raise ConfigError(
-                f"A vsock socket cannot be made at {path}: the path has more than {_PATH_MAX} "
-                "bytes; choose a shorter one."
-            )
-        self._listener = _bind(path)
-        found = os.lstat(path)
-        self._inode = (found.st_dev, found.st_ino)
 
     def attach(self, memory: GuestMemory, loop: Any) -> None:
         super().attach(memory, loop)
@@ -160,7 +148,7 @@ class Vsock(VirtioDevice):
 
         if self.path is None:
             raise HostError(f"{self.name} has no path, so there is none to listen at.")
-        listener = socket.socket(fileno=_bind(f"{self.path}_{port}", backlog).detach())
+        listener = socket.socket(fileno=bind(f"{self.path}_{port}", _WHAT, backlog).detach())
         listener.setblocking(True)
         return listener
 
@@ -190,38 +178,6 @@ class Vsock(VirtioDevice):
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-            self._unlink(self.path or "")
-
-    def _unlink(self, path: str) -> None:
-        """Unless somebody else's is there by now."""
-        try:
-            found = os.lstat(path)
-            if (found.st_dev, found.st_ino) == self._inode:
-                os.unlink(path)
-        except OSError:
-            pass
-
-
-def _bind(path: str, backlog: int = _BACKLOG) -> Any:
-    """A listening socket that only this user may connect to."""
-    import _socket
-
-    sock = _socket.socket(
-        _socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK
-    )
-    try:
-        os.fchmod(sock.fileno(), 0o600)  # bind gives the file this mode
-        sock.bind(path)
-        sock.listen(backlog)
-    except OSError as e:
-        sock.close()
-        why = (
-            "something is there; remove it if no other machine uses it"
-            if os.path.lexists(path)
-            else e.strerror
-        )
-        raise HostError(f"A vsock socket cannot be made at {path}: {why}.", errno=e.errno) from e
-    return sock
 
 
 DEVICE = Vsock
