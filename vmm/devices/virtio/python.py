@@ -33,10 +33,11 @@ class VirtioRequest:
     ``done`` gives it back, from any thread. After a reset of the device all of it does nothing.
     """
 
-    __slots__ = ("_chain", "_run", "given_back", "kept", "queue", "written")
+    __slots__ = ("_chain", "_home", "_run", "given_back", "kept", "queue", "written")
 
-    def __init__(self, run: _Run, queue: int, chain: Chain) -> None:
+    def __init__(self, run: _Run, queue: int, home: Queue, chain: Chain) -> None:
         self._run = run
+        self._home = home
         self._chain = chain
         #: The index of the queue it came in.
         self.queue = queue
@@ -73,7 +74,8 @@ class VirtioRequest:
 
     def _usable(self) -> bool:
         """With the lock held: whether its memory is still lent to the device."""
-        return self._run.alive and not self.given_back
+        run = self._run
+        return run.alive and run.queues.get(self.queue) is self._home and not self.given_back
 
     def keep(self) -> None:
         """Not to be given back when ``handle`` returns. A driver has no more than the size of the
@@ -89,7 +91,7 @@ class VirtioRequest:
         """It makes no sense to this device: the driver must reset the device to go on. Counted,
         and told after the run."""
         self.kept = True
-        self._run.refuse(self.queue)
+        self._run.refuse(self)
 
 
 class PythonVirtioDevice(VirtioDevice):
@@ -133,25 +135,24 @@ class PythonVirtioDevice(VirtioDevice):
         self._board = board
         super().plug(board)
 
-    def host_features(self) -> int:
-        return self.ring_features() | self.device_features()
-
     def activate(self, features: int, queues: list[QueueConfig | None], irqs: QueueIrqs) -> None:
-        assert self._memory is not None
         self.deactivate()
-        self.features = features
-        self.activations += 1
-        self._active = True
-        served = {
-            index: Queue(self._memory, q.size, q.desc, q.driver, q.device, features)
-            for index, q in enumerate(queues)
-            if q is not None
-        }
-        self._run = _Run(self, served, irqs)
+        self._run = _Run(self, irqs)
+        super().activate(features, queues, irqs)
         if self._config_changed:
             self._config_changed = False
             irqs.config_changed()
         self._run.start()
+
+    def restart_queue(self, index: int, queue: QueueConfig) -> None:
+        assert self._memory is not None and self._run is not None
+        q = queue
+        made = Queue(self._memory, q.size, q.desc, q.driver, q.device, self.features)
+        self._run.add(index, made)
+
+    def stop_queue(self, index: int) -> None:
+        if self._run is not None:
+            self._run.remove(index)
 
     def stop_queues(self) -> None:
         if self._run is not None:
@@ -179,22 +180,19 @@ class PythonVirtioDevice(VirtioDevice):
 class _Run:
     """From DRIVER_OK to reset: the queues, and the thread that serves them."""
 
-    def __init__(
-        self, device: PythonVirtioDevice, queues: dict[int, Queue], irqs: QueueIrqs
-    ) -> None:
+    def __init__(self, device: PythonVirtioDevice, irqs: QueueIrqs) -> None:
         self.device = device
         self.irqs = irqs
         self.limit = device.LIMIT
         #: Around every use of a queue, and of guest memory.
         self.lock = threading.Lock()
         self.alive = True
-        self._queues = queues
-        self._thread = threading.Thread(
-            target=self._main, name=f"vmm-{device.name}", daemon=True
-        )
+        self.queues: dict[int, Queue] = {}
+        self._kicks = {device.kick_fd(index): index for index in range(len(device.QUEUE_SIZES))}
+        self._thread = threading.Thread(target=self._main, name=f"vmm-{device.name}", daemon=True)
 
     def start(self) -> None:
-        if not self._queues:
+        if not self._kicks:
             return
         try:
             self._thread.start()
@@ -205,19 +203,28 @@ class _Run:
         """When this returns, nothing of the device touches the guest."""
         with self.lock:
             self.alive = False
-        for index in self._queues:
-            _kick(self.device.kick_fd(index))
+        for fd in self._kicks:
+            _kick(fd)
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
+    def add(self, index: int, queue: Queue) -> None:
+        with self.lock:
+            self.queues[index] = queue
+        _kick(self.device.kick_fd(index))  # chains that are there already are served without one
+
+    def remove(self, index: int) -> None:
+        """What is kept of it is void."""
+        with self.lock:
+            self.queues.pop(index, None)
+
     def push(self, request: VirtioRequest) -> None:
         with self.lock:
-            if not self.alive or request.given_back:
+            if not request._usable():
                 return
             request.given_back = True
-            queue = self._queues[request.queue]
-            queue.push(request._chain, request.written)
-            if queue.should_notify():
+            request._home.push(request._chain, request.written)
+            if request._home.should_notify():
                 self.irqs.notify(request.queue)
 
     def tell_config(self) -> bool:
@@ -226,14 +233,14 @@ class _Run:
                 self.irqs.config_changed()
             return self.alive
 
-    def refuse(self, index: int) -> None:
+    def refuse(self, request: VirtioRequest) -> None:
         with self.lock:
-            if self.alive and not self._queues[index].broken:
-                self._queues[index].refuse()
-                self._tell_broken(index)
+            if request._usable() and not request._home.broken:
+                request._home.refuse()
+                self._tell_broken(request.queue, request._home)
 
-    def _tell_broken(self, index: int) -> None:
-        self.device.broken(index, self._queues[index].verdict)
+    def _tell_broken(self, index: int, queue: Queue) -> None:
+        self.device.broken(index, queue.verdict)
         self.irqs.fail()
 
     def _main(self) -> None:
@@ -245,16 +252,12 @@ class _Run:
 
     def _serve(self) -> None:
         poll = select.poll()
-        fds = {}
-        for index in self._queues:
-            fd = self.device.kick_fd(index)
-            fds[fd] = index
+        for fd in self._kicks:
             poll.register(fd, select.POLLIN)
-            _kick(fd)  # chains that are there already are served without one
         while self.alive:
             for fd, _ in poll.poll():
                 os.eventfd_read(fd)
-                self._drain(fds[fd], fd)
+                self._drain(self._kicks[fd], fd)
 
     def _drain(self, index: int, fd: int) -> None:
         for _ in range(BUDGET):
@@ -267,16 +270,16 @@ class _Run:
         _kick(fd)
 
     def _take(self, index: int) -> VirtioRequest | None:
-        queue = self._queues[index]
         with self.lock:
-            while self.alive and not queue.broken:
+            queue = self.queues.get(index)
+            while self.alive and queue is not None and not queue.broken:
                 # Kicks stay on meanwhile: they are cheap beside a handler, and each answer is
                 # told at once, as the next may take long.
                 chain = queue.pop()
                 if chain is not None:
-                    return VirtioRequest(self, index, chain)
+                    return VirtioRequest(self, index, queue, chain)
                 if queue.verdict != "empty":
-                    self._tell_broken(index)
+                    self._tell_broken(index, queue)
                 elif not queue.enable_kicks():
                     break
         return None
