@@ -10,7 +10,7 @@
 struct vmm_blk;
 
 struct vmm_blk_stats {
-	uint64_t reads, writes, flushes, discards, zeroes, others, errors, held;
+	uint64_t reads, writes, flushes, discards, zeroes, others, errors, held, pending;
 	uint64_t read_bytes, written_bytes, throttled;
 };
 

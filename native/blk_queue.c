@@ -76,6 +76,7 @@ static void finish(struct vmm_blk_queue *q, struct vmm_blk_request *r, int rc)
 {
 	const int what = rc ? policy(q, r, rc) : VMM_BLK_REPORT;
 
+	vmm_blk_count(&q->stats.pending, -1);
 	if (what == VMM_BLK_PAUSE) {
 		hold(q, r, rc);
 		return;
@@ -94,8 +95,10 @@ static void finish(struct vmm_blk_queue *q, struct vmm_blk_request *r, int rc)
 
 static void begin(struct vmm_blk_queue *q, struct vmm_blk_request *r)
 {
-	const int rc = vmm_blk_io_begin(&q->io, r);
+	int rc;
 
+	vmm_blk_count(&q->stats.pending, 1);
+	rc = vmm_blk_io_begin(&q->io, r);
 	if (rc != VMM_BLK_PENDING)
 		finish(q, r, rc);
 }

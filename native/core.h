@@ -77,10 +77,11 @@ int vmm_dev_access(struct vmm_dev *dev, uint64_t offset, uint32_t size, uint8_t 
 
 /* ---- interrupts --------------------------------------------------------------------------- */
 
-enum { VMM_IRQ_NONE, VMM_IRQ_LINE, VMM_IRQ_EVENTFD };
+enum { VMM_IRQ_NONE, VMM_IRQ_LINE, VMM_IRQ_EVENTFD, VMM_IRQ_WATCHED };
 
 /* One interrupt source. LINE: KVM_IRQ_LINE on vm_fd with this gsi, level-triggered.
- * EVENTFD: an eventfd bound by KVM_IRQFD (MSI, or an edge). NONE: counts only (tests). */
+ * EVENTFD: an eventfd bound by KVM_IRQFD (MSI, or an edge). NONE: counts only (tests).
+ * WATCHED: counts, and signals an eventfd at every change of level and every pulse. */
 struct vmm_irq;
 struct vmm_irq *vmm_irq_create(int kind, int fd, uint32_t gsi); /* fd is borrowed */
 /* One more input of a level-triggered line, which is up while any of its inputs is. The line is

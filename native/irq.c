@@ -72,7 +72,7 @@ static void set_level(struct vmm_irq *irq, int level)
 		struct kvm_irq_level l = { .irq = irq->gsi, .level = level };
 
 		ioctl(irq->fd, KVM_IRQ_LINE, &l);
-	} else if (irq->kind == VMM_IRQ_EVENTFD && level) {
+	} else if ((irq->kind == VMM_IRQ_EVENTFD && level) || irq->kind == VMM_IRQ_WATCHED) {
 		signal_fd(irq->fd);
 	}
 }
@@ -102,7 +102,7 @@ void vmm_irq_pulse(struct vmm_irq *irq)
 		return;
 	}
 	atomic_fetch_add(&irq->count, 1);
-	if (irq->kind == VMM_IRQ_EVENTFD)
+	if (irq->kind == VMM_IRQ_EVENTFD || irq->kind == VMM_IRQ_WATCHED)
 		signal_fd(irq->fd);
 }
 

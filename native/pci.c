@@ -78,6 +78,19 @@ int vmm_pci_add(struct vmm_pci *pci, uint32_t slot, const uint8_t *config,
 	return rc;
 }
 
+void vmm_pci_remove(struct vmm_pci *pci, uint32_t slot)
+{
+	struct function *f;
+
+	if (slot >= VMM_PCI_SLOTS)
+		return;
+	pthread_mutex_lock(&pci->lock);
+	f = pci->functions[slot];
+	pci->functions[slot] = NULL;
+	pthread_mutex_unlock(&pci->lock);
+	free(f);
+}
+
 /* ---- access by the device and by Python ---- */
 
 static bool inside(uint64_t reg, uint32_t size)

@@ -22,6 +22,8 @@ void vmm_pci_destroy(struct vmm_pci *pci);
  * is (0: no window). -EEXIST, -EINVAL, -ENOMEM. */
 int vmm_pci_add(struct vmm_pci *pci, uint32_t slot, const uint8_t *config,
 		const uint8_t *writable, const uint8_t *watched, uint32_t window);
+/* The slot is empty from here on. */
+void vmm_pci_remove(struct vmm_pci *pci, uint32_t slot);
 /* The device's own access, masks passed by. size 1, 2 or 4, inside the 256 bytes. */
 uint32_t vmm_pci_get(struct vmm_pci *pci, uint32_t slot, uint32_t reg, uint32_t size);
 void vmm_pci_set(struct vmm_pci *pci, uint32_t slot, uint32_t reg, uint32_t size, uint32_t value);

@@ -14,6 +14,7 @@ from vmm.cli.parse import parse
 from vmm.config import MachineConfig
 from vmm.disk import DiskSpec
 from vmm.errors import ConfigError
+from vmm.qtest import options as qtest_options
 from vmm.settings import SETTINGS, SWITCH, of_command
 
 ROOT = Path(__file__).parents[2]
@@ -150,7 +151,10 @@ def test_examples_of_the_help_are_valid() -> None:
         for line in lines:
             program, name, *argv = shlex.split(line)
             assert (program, name) == ("vmm", command)
-            parse(argv, command, takes_rest=command == "nested")
+            if command == "qtest":
+                qtest_options.parse(argv)
+            else:
+                parse(argv, command, takes_rest=command == "nested")
 
 
 def main(*argv: str) -> int:

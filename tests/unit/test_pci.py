@@ -153,7 +153,7 @@ def test_read_only_bits(rig: Rig) -> None:
         c.w(reg, 1, before[reg] ^ 0xFF)
     assert [c.r(reg, 1) for reg in range(256)] == before
     c.w(4, 2, 0xFFFF)
-    assert c.r(4, 2) == 0x0406
+    assert c.r(4, 2) == 0x0407
     c.w(0x3C, 1, 0x5A)
     assert c.r(0x3C, 1) == 0x5A
 

@@ -18,7 +18,7 @@ ROOMS = [
     {"chario", "console", "terminal", "oops", "diagnose"},
     {"chardev", "board", "vcpus", "ending"},
     {"devices", "arch"},
-    {"machine"},
+    {"machine", "qtest"},
     {"nested"},
     {"cli", "__main__", "__init__"},
 ]

@@ -14,6 +14,7 @@ COMMANDS = {
     "run": "boot a kernel or a payload in a virtual machine",
     "nested": "run a command in an appliance that has a true /dev/kvm",
     "doctor": "look at this machine, and say what to do so that vmm works on it",
+    "qtest": "speak to a machine's devices without KVM, as QEMU's qtest clients do",
     "help": "explain a sub-command",
 }
 
@@ -71,6 +72,10 @@ def _dispatch(argv: list[str]) -> int:
         from vmm.cli.doctor import main as doctor
 
         return doctor(arguments)
+    if command == "qtest":
+        from vmm.cli.qtest import main as qtest
+
+        return qtest(arguments)
     return _other(command, arguments)
 
 

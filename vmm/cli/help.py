@@ -15,6 +15,7 @@ USAGE = {
     "run": "vmm run -k KERNEL [FLAG]...",
     "nested": "vmm nested [FLAG]... [--] COMMAND [ARGUMENT]...",
     "doctor": "vmm doctor [FLAG]...",
+    "qtest": "vmm qtest [QEMU FLAG]... -qtest WHERE",
     "help": "vmm help [COMMAND]",
 }
 
@@ -28,6 +29,9 @@ ABOUT = {
     "but for directories given by --rw. Streams and exit status are the command's own.",
     "doctor": "Checks everything vmm needs of this machine, and says for each finding what it "
     "means and what to do. The status is 0 when a Linux guest can be booted in some way, else 1.",
+    "qtest": "Builds the devices of a machine and lets a client play the driver: reads and writes "
+    "of ports and memory, interrupts, QMP. Needs no KVM. The protocol and the spelling of the "
+    "flags are QEMU's, so that its test programs work; see docs/qtest.md.",
     "help": "Explains a sub-command.",
 }
 
@@ -40,6 +44,7 @@ EXAMPLES = {
     ),
     "nested": ("vmm nested ls -l /dev/kvm", "vmm nested --rw . -- make test"),
     "doctor": ("vmm doctor", "vmm doctor --kernel /boot/vmlinuz-6.1.0-18-amd64"),
+    "qtest": ("vmm qtest -M pc -device virtio-rng-pci -qtest unix:/tmp/q,server=on",),
 }
 
 #: Exit statuses. A guest that ends by itself with one of these is told apart by the message.
@@ -60,6 +65,11 @@ STATUSES = {
         ("2, 124, 125", "as 'vmm run'"),
     ),
     "doctor": (("0", "Linux can be booted here"), ("1", "it cannot, as this machine is")),
+    "qtest": (
+        ("0", "ended by QMP's quit, by SIGTERM, or because the client left"),
+        ("N", "the debug exit port was written"),
+        ("2, 125", "as 'vmm run'"),
+    ),
 }
 
 
@@ -92,6 +102,16 @@ def details(row: Setting) -> str:
     return f"{text} ({'; '.join(facts)})" if facts else text
 
 
+def sections(command: str) -> dict[str, list[tuple[str, str]]]:
+    """Flags and what they mean, by heading."""
+    if command == "qtest":
+        from vmm.cli.qtest import FLAGS
+
+        return {"Flags": list(FLAGS)}
+    groups = _groups(command).items()
+    return {group: [(spelling(row), details(row)) for row in rows] for group, rows in groups}
+
+
 def _groups(command: str) -> dict[str, list[Setting]]:
     groups: dict[str, list[Setting]] = {}
     for row in of_command(command):
@@ -121,9 +141,9 @@ def of(command: str) -> str:
     if command not in COMMANDS:
         raise ConfigError(f"'{command}' is not a command of vmm.{nearest(command, COMMANDS)}")
     parts = [f"Usage: {USAGE[command]}\n", _fill(ABOUT[command]) + "\n"]
-    for group, rows in _groups(command).items():
+    for group, rows in sections(command).items():
         parts.append(f"{group}:")
-        parts += [f"  {spelling(row)}\n{_fill(details(row), ' ' * 8)}" for row in rows]
+        parts += [f"  {flag}\n{_fill(meaning, ' ' * 8)}" for flag, meaning in rows]
         parts.append("")
     if command in EXAMPLES:
         parts += ["Examples:", *(f"  {line}" for line in EXAMPLES[command]), ""]
@@ -156,11 +176,11 @@ def document() -> str:
         "understood with one dash too, as QEMU's are written, and are never abbreviated.",
         "",
     ]
-    for command in ("run", "nested", "doctor"):
+    for command in ("run", "nested", "doctor", "qtest"):
         out += [f"## vmm {command}", "", f"`{USAGE[command]}`", "", ABOUT[command], ""]
-        for group, rows in _groups(command).items():
+        for group, rows in sections(command).items():
             out += [f"### {group}", "", "| flag | meaning |", "|---|---|"]
-            out += [f"| `{_cell(spelling(row))}` | {_cell(details(row))} |" for row in rows]
+            out += [f"| `{_cell(flag)}` | {_cell(meaning)} |" for flag, meaning in rows]
             out.append("")
         out += ["### Examples", "", "```", *EXAMPLES[command], "```", ""]
         out += ["### Exit status", "", "| status | meaning |", "|---|---|"]

@@ -34,6 +34,7 @@ _FIRST_CAPABILITY = 0x40
 _STATUS_CAPABILITIES = 0x10
 
 # COMMAND bits. PCI-3.0 §6.2.2.
+COMMAND_IO = 0x0001
 COMMAND_MEMORY = 0x0002
 COMMAND_MASTER = 0x0004
 COMMAND_INTX_DISABLE = 0x0400
@@ -92,7 +93,10 @@ class PciDevice(Device):
         self._put(REVISION, class_code << 8 | revision, 4)
         self._put(SUBSYSTEM, subsystem[1] << 16 | subsystem[0], 4)
         self._put(INTERRUPT_PIN, int(intx), 1)
-        self._allow(COMMAND, COMMAND_MEMORY | COMMAND_MASTER | COMMAND_INTX_DISABLE, 2)
+        # COMMAND_IO is stored, without effect: some drivers ask that it sticks.
+        self._allow(
+            COMMAND, COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER | COMMAND_INTX_DISABLE, 2
+        )
         self._allow(_CACHE_LINE, 0xFFFF, 2)  # and the latency timer: stored, without effect
         self._allow(INTERRUPT_LINE, 0xFF, 1)
         self.watch(COMMAND, COMMAND_MEMORY | COMMAND_INTX_DISABLE, 2)

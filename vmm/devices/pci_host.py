@@ -109,6 +109,18 @@ class PciHost(Device):
         self.devices[slot] = device
         return slot
 
+    def remove(self, device: PciDevice) -> None:
+        """Take a function out and close it; its slot is empty from here on."""
+        for bar in device.bars:
+            self._unmap(device, bar)
+        lib.vmm_pci_remove(self.pci, device.slot)
+        del self.devices[device.slot]
+        device.close()
+
+    def set_windows(self, windows: list[tuple[int, int]]) -> None:
+        """Other windows than at first; before ``place``."""
+        self._windows = windows
+
     def place(self) -> None:
         """Give every BAR an address, largest first. Nothing is mapped until the guest turns
         memory decoding on. Raises ValueError when a window is full."""

@@ -67,6 +67,7 @@ class Rtc(Device):
         self._now = now
         self._lock = allocate_lock()
         self._offset = 0.0
+        self._manual = False
         self._frozen = False
         self._ram = bytearray(128)
         self._ram[_A], self._ram[_B], self._ram[_D] = 0x26, _B_24H, _D_VALID
@@ -76,6 +77,12 @@ class Rtc(Device):
 
     def place(self, bus: Bus) -> None:
         bus.insert(self.PORT, self.SIZE, self)
+
+    def use_clock(self, now: Callable[[], float]) -> None:
+        """Another clock than at first, one that stands still by itself: no thread waits for it,
+        and whoever moves it calls ``fire``. Before the guest runs."""
+        self._now, self._manual = now, True
+        self.reset()
 
     def reset(self) -> None:
         """The RESET pin: interrupts off; time and memory stay."""
@@ -266,7 +273,7 @@ class Rtc(Device):
 
     def _kick(self) -> None:
         """Under the lock: see that a thread waits for the next interrupt, if one is wanted."""
-        if not self._ram[_B] & _SOURCES or self._irq is None:
+        if not self._ram[_B] & _SOURCES or self._irq is None or self._manual:
             return
         if self._timer is None:
             self._timer = _Timer(self)

@@ -214,11 +214,18 @@ class Blk(VirtioDevice):
         return "uring" if uring else "threads"
 
     def stats(self) -> dict[str, int]:
-        """Requests and bytes so far; ``held``: requests that wait for ``retry``."""
+        """Requests and bytes so far; ``held``: requests that wait for ``retry``, ``pending``: for
+        the host."""
         out = ffi.new("struct vmm_blk_stats *")
         if self._native != ffi.NULL:
             lib.vmm_blk_stats(self._native, out)
         return {name: int(getattr(out, name)) for name, _ in ffi.typeof(out).item.fields}
+
+    def io_threads(self) -> list[IoThread]:
+        return list(self._threads)
+
+    def pending(self) -> int:
+        return self.stats()["pending"]
 
     def resize(self, size: int | None = None) -> int:
         """Tell the guest how large the disk is: ``size`` bytes, which a file is made to have, or

@@ -95,6 +95,14 @@ class VirtioDevice(Device):
             raise NotImplementedError
         self.stop_queues()
 
+    def io_threads(self) -> list[IoThread]:
+        """I/O threads of the device's own, once it is attached."""
+        return []
+
+    def pending(self) -> int:
+        """How many requests wait for the host, as far as the device knows. Any thread."""
+        return 0
+
     # ---- the contract ---------------------------------------------------------------------------
 
     def attach(self, memory: GuestMemory, loop: Any) -> None:

@@ -166,6 +166,9 @@ class Net(VirtioDevice):
         self._irqs = irqs
         super().activate(features, queues, irqs)
 
+    def io_threads(self) -> list[IoThread]:
+        return [self._thread] if self._thread is not None else []
+
     def start_queue(self, index: int, config: Any) -> int:
         return int(lib.vmm_net_start(self._native, config))
 
