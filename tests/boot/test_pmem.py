@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,9 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-def options(script: str) -> dict[str, Any]:
-    archive = build(f'echo "{UP}"\n{script}\npoweroff -f', kernel_tree(), modules=MODULES)
+def options(script: str, *modules: str) -> dict[str, Any]:
+    script = f'echo "{UP}"\n{script}\npoweroff -f'
+    archive = build(script, kernel_tree(), modules=(*MODULES, *modules))
     return {"initrds": [str(archive)]}
 
 
@@ -66,3 +69,25 @@ dd if=/dev/zero of=/dev/pmem0 bs=4k count=1 conv=fsync 2>/dev/null || echo "writ
     assert booted.value("write") == "refused"
     assert "is read-only" in the_pmem(booted).faults()[0]
     assert image.read_bytes() == before
+
+
+@pytest.mark.skipif(shutil.which("mke2fs") is None, reason="no mke2fs")
+def test_a_file_system_without_page_cache(boot: Boot, image: Path, transport: str) -> None:
+    """ext4 with -o dax: files are the host's pages."""
+    subprocess.run(
+        ["mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", str(image)], check=True, timeout=60
+    )
+    script = """\
+mount -t ext4 -o dax /dev/pmem0 /mnt
+grep pmem0 /proc/mounts | grep -q dax && echo dax=yes
+dd if=/dev/urandom of=/mnt/file bs=64k count=16 conv=fsync 2>/dev/null
+echo "sum=$(sha256sum /mnt/file | cut -d' ' -f1)"
+umount /mnt && echo unmounted=yes
+"""
+    booted = boot(pmem=str(image), transport=transport, **options(script, "ext4")).ok()
+    assert (booted.value("dax"), booted.value("unmounted")) == ("yes", "yes")
+    assert the_pmem(booted).stats()["failed"] == 0
+    copy = subprocess.run(
+        ["debugfs", "-R", "cat file", str(image)], capture_output=True, check=True, timeout=60
+    )
+    assert hashlib.sha256(copy.stdout).hexdigest() == booted.value("sum")

@@ -43,7 +43,7 @@ LOCK = 0x68
 _LOCK_LOCKED, _LOCK_ENABLE, _LOCK_FREE_RUN = 1, 2, 4
 
 #: The clock is looked at so often at least, in seconds; a look that comes later than that by
-#: STALL_S was held up, and so was the guest.
+#: STALL_S was held up, and so was the guest: that wait does not count.
 STEP_S = 1.0
 STALL_S = 0.5
 #: Free running, no more than so often: the guest must not keep a thread of the host busy.
@@ -247,20 +247,19 @@ class Watchdog(PciDevice):
         if self._deadline is None:
             self._lock.wait()
             return
-        before = self._clock()
-        step = min(self._deadline - before, STEP_S)
+        before, deadline = self._clock(), self._deadline
+        step = min(deadline - before, STEP_S)
         if step > 0:
             self._lock.wait(step)
-            self._forgive(self._clock() - before, step)
+            if self._deadline == deadline:  # else it was fed, or switched, after that
+                self._forgive(self._clock() - before, step)
 
     def _forgive(self, took: float, step: float) -> None:
         """A wait for ``step`` seconds took so many."""
-        if self._deadline is None:
-            return
-        if self._board is not None and self._board.paused():
+        assert self._deadline is not None
+        held = self._board is not None and self._board.paused()
+        if held or took > step + STALL_S:
             self._deadline += took
-        elif took > step + STALL_S:
-            self._deadline += took - step
 
     # ---- the end ---------------------------------------------------------------------------------
 
