@@ -290,7 +290,8 @@ int vmm_net_start(struct vmm_net *net, const struct vmm_service_config *config)
 	if (index == 2 * pairs)
 		return features >> VIRTIO_NET_F_CTRL_VQ & 1 ?
 			       vmm_service_start(&net->ctrl, config) : -EINVAL;
-	if (!index) {
+	if (!net->begun) {
+		net->begun = true;
 		vmm_loop_call(net->loop, one_pair, net);
 		rc = net_set_offloads(net, features);
 		if (rc)
@@ -298,6 +299,19 @@ int vmm_net_start(struct vmm_net *net, const struct vmm_service_config *config)
 	}
 	pair = &net->pairs[index / 2];
 	return index % 2 ? net_tx_start(pair, config) : net_rx_start(pair, config);
+}
+
+void vmm_net_stop_queue(struct vmm_net *net, uint32_t index)
+{
+	const uint32_t pairs = net->features >> VIRTIO_NET_F_MQ & 1 ? net->config.pairs : 1;
+
+	if (index == 2 * pairs)
+		vmm_service_stop(&net->ctrl);
+	else if (index < 2 * pairs && index % 2)
+		net_tx_stop(&net->pairs[index / 2]);
+	else if (index < 2 * pairs)
+		net_rx_stop(&net->pairs[index / 2]);
+	vmm_loop_call(net->loop, arm_all, net);
 }
 
 void vmm_net_stop(struct vmm_net *net)
@@ -314,6 +328,7 @@ void vmm_net_stop(struct vmm_net *net)
 	net->config.space[AT_STATUS] &= (uint8_t)~VIRTIO_NET_S_ANNOUNCE;
 	publish(net, 0);
 	net->virtio = NULL;
+	net->begun = false;
 	pthread_mutex_unlock(&net->lock);
 }
 

@@ -45,6 +45,8 @@ int vmm_net_start(struct vmm_net *net, const struct vmm_service_config *config);
 /* Afterwards nothing touches guest memory. A frame that was sent in part is kept, to be sent to
  * its end: the peer could not find the next one otherwise. */
 void vmm_net_stop(struct vmm_net *net);
+/* The same for one queue. */
+void vmm_net_stop_queue(struct vmm_net *net, uint32_t index);
 void vmm_net_stats(const struct vmm_net *net, struct vmm_net_stats *out);
 /* Pulls the cable, or puts it back; the driver is told. A dead backend stays without link. */
 void vmm_net_set_link(struct vmm_net *net, int up);

@@ -80,6 +80,7 @@ struct vmm_net {
 	uint64_t features; /* negotiated */
 	pthread_mutex_t lock; /* config.space, virtio, and the order of what is published */
 	struct vmm_virtio *virtio; /* NULL while stopped */
+	bool begun;		   /* since the last reset a queue was started */
 	bool stale;		   /* the space changed while stopped */
 	uint8_t mac[6];		   /* the one it began with */
 	_Atomic bool up;	   /* the cable is in */

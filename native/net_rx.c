@@ -71,7 +71,8 @@ static int deliver(struct net_pair *pair)
 	struct net_rx *rx = &pair->rx;
 	struct vmm_net *net = pair->net;
 	const struct iovec *iov = rx->iov + rx->iov_first;
-	uint32_t len = rx->pending, nr = 0;
+	const uint32_t len = rx->pending;
+	uint32_t nr = 0;
 	uint64_t covered = 0;
 	uint16_t count;
 
@@ -86,14 +87,13 @@ static int deliver(struct net_pair *pair)
 	net_charge(&net->config.rx_bytes, &net->config.rx_frames, len - NET_HDR);
 	rx->room -= covered;
 	rx->pending = 0;
+	/* At once: who finds the first looks for as many as it says there are. */
+	vmm_vq_push_span(rx->service.vq, &rx->held[rx->first], nr, len);
 	for (; nr; nr--) {
-		const struct vmm_chain *chain = &rx->held[rx->first];
-		const uint32_t n = len < chain->write_len ? len : (uint32_t)chain->write_len;
+		const uint32_t buffers = rx->held[rx->first].nr_write;
 
-		vmm_vq_push(rx->service.vq, chain, n);
-		len -= n;
-		rx->iov_first += chain->nr_write;
-		rx->nr_iov -= chain->nr_write;
+		rx->iov_first += buffers;
+		rx->nr_iov -= buffers;
 		rx->first++;
 		rx->nr--;
 	}

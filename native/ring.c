@@ -79,12 +79,18 @@ int vmm_vq_pop(struct vmm_vq *vq, struct vmm_chain *chain)
 	return vq->packed ? vmm_packed_pop(vq, chain) : vmm_split_pop(vq, chain);
 }
 
-void vmm_vq_push(struct vmm_vq *vq, const struct vmm_chain *chain, uint64_t written)
+void vmm_vq_push_span(struct vmm_vq *vq, const struct vmm_chain *chains, uint32_t nr,
+		      uint64_t written)
 {
 	if (vq->packed)
-		vmm_packed_push(vq, chain, written);
+		vmm_packed_push_span(vq, chains, nr, written);
 	else
-		vmm_split_push(vq, chain, written);
+		vmm_split_push_span(vq, chains, nr, written);
+}
+
+void vmm_vq_push(struct vmm_vq *vq, const struct vmm_chain *chain, uint64_t written)
+{
+	vmm_vq_push_span(vq, chain, 1, written);
 }
 
 int vmm_vq_should_notify(struct vmm_vq *vq)

@@ -69,6 +69,10 @@ void vmm_vq_destroy(struct vmm_vq *vq);
 int vmm_vq_pop(struct vmm_vq *vq, struct vmm_chain *chain);
 /* Gives a chain back, `written` bytes of it filled (never told to be more than it has). */
 void vmm_vq_push(struct vmm_vq *vq, const struct vmm_chain *chain, uint64_t written);
+/* Gives several back at once, the first of which is filled first: the driver sees all of them or
+ * none. */
+void vmm_vq_push_span(struct vmm_vq *vq, const struct vmm_chain *chains, uint32_t nr,
+		      uint64_t written);
 /* Whether the driver wants an interrupt for what was pushed since this was last asked. */
 int vmm_vq_should_notify(struct vmm_vq *vq);
 /* Asks the driver for kicks again; nonzero when a chain came meanwhile and no kick will tell. */

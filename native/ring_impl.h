@@ -90,13 +90,15 @@ static inline uint32_t vmm_vq_used_len(const struct vmm_chain *c, uint64_t writt
 }
 
 int vmm_split_pop(struct vmm_vq *vq, struct vmm_chain *c);
-void vmm_split_push(struct vmm_vq *vq, const struct vmm_chain *c, uint64_t written);
+void vmm_split_push_span(struct vmm_vq *vq, const struct vmm_chain *chains, uint32_t nr,
+			 uint64_t written);
 int vmm_split_should_notify(struct vmm_vq *vq);
 int vmm_split_enable_kicks(struct vmm_vq *vq);
 void vmm_split_disable_kicks(struct vmm_vq *vq);
 
 int vmm_packed_pop(struct vmm_vq *vq, struct vmm_chain *c);
-void vmm_packed_push(struct vmm_vq *vq, const struct vmm_chain *c, uint64_t written);
+void vmm_packed_push_span(struct vmm_vq *vq, const struct vmm_chain *chains, uint32_t nr,
+			  uint64_t written);
 int vmm_packed_should_notify(struct vmm_vq *vq);
 int vmm_packed_enable_kicks(struct vmm_vq *vq);
 void vmm_packed_disable_kicks(struct vmm_vq *vq);

@@ -110,7 +110,10 @@ int vmm_packed_pop(struct vmm_vq *vq, struct vmm_chain *c)
 	return VMM_VQ_CHAIN;
 }
 
-void vmm_packed_push(struct vmm_vq *vq, const struct vmm_chain *c, uint64_t written)
+/* Moves on past a chain; what tells the driver so is *word, to be stored at what is returned. NULL
+ * if the chain is not in flight: a buffer completes exactly once. */
+static uint8_t *retire(struct vmm_vq *vq, const struct vmm_chain *c, uint64_t written,
+		       uint64_t *word)
 {
 	const uint32_t len = vmm_vq_used_len(c, written);
 	uint8_t *d = vq->desc + (size_t)vq->used_idx * VMM_VQ_DESC_SIZE;
@@ -118,7 +121,7 @@ void vmm_packed_push(struct vmm_vq *vq, const struct vmm_chain *c, uint64_t writ
 	uint32_t taken, next;
 
 	if (c->head >= vq->size || !vq->taken[c->head])
-		return; /* a buffer completes exactly once */
+		return NULL;
 	if (len)
 		flags |= VRING_DESC_F_WRITE;
 	taken = vq->taken[c->head];
@@ -126,16 +129,43 @@ void vmm_packed_push(struct vmm_vq *vq, const struct vmm_chain *c, uint64_t writ
 	vq->nr_taken -= taken;
 	vq->nr_inflight--;
 	vq->untold += taken;
-	/* SAFETY: as load_rest(). Release: the buffers are seen before what says they are used. */
-	__atomic_store_n((uint64_t *)(void *)(d + 8),
-			 htole64(len | (uint64_t)c->head << 32 | (uint64_t)flags << 48),
-			 __ATOMIC_RELEASE);
 	next = vq->used_idx + taken;
 	if (next >= vq->size) {
 		next -= vq->size;
 		vq->used_wrap = !vq->used_wrap;
 	}
 	vq->used_idx = (uint16_t)next;
+	*word = htole64(len | (uint64_t)c->head << 32 | (uint64_t)flags << 48);
+	return d;
+}
+
+static void store_used(uint8_t *d, uint64_t word)
+{
+	/* SAFETY: as load_rest(). Release: the buffers are seen before what says they are used. */
+	if (d)
+		__atomic_store_n((uint64_t *)(void *)(d + 8), word, __ATOMIC_RELEASE);
+}
+
+void vmm_packed_push_span(struct vmm_vq *vq, const struct vmm_chain *chains, uint32_t nr,
+			  uint64_t written)
+{
+	uint8_t *first = NULL;
+	uint64_t first_word = 0;
+
+	for (uint32_t i = 0; i < nr; i++) {
+		uint64_t word;
+		uint8_t *d = retire(vq, &chains[i], written, &word);
+
+		written -= written < chains[i].write_len ? written : chains[i].write_len;
+		if (i) {
+			store_used(d, word);
+		} else {
+			first = d;
+			first_word = word;
+		}
+	}
+	/* The driver looks at them in order: it sees none before it sees the first. */
+	store_used(first, first_word);
 }
 
 int vmm_packed_should_notify(struct vmm_vq *vq)

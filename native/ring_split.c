@@ -100,7 +100,8 @@ int vmm_split_pop(struct vmm_vq *vq, struct vmm_chain *c)
 	return VMM_VQ_CHAIN;
 }
 
-void vmm_split_push(struct vmm_vq *vq, const struct vmm_chain *c, uint64_t written)
+/* Fills a used entry that the driver does not see yet. */
+static void put(struct vmm_vq *vq, const struct vmm_chain *c, uint64_t written)
 {
 	uint8_t *entry = vq->used + 4 + 8 * (size_t)(vq->used_idx & vq->mask);
 	const uint32_t len = vmm_vq_used_len(c, written);
@@ -113,7 +114,16 @@ void vmm_split_push(struct vmm_vq *vq, const struct vmm_chain *c, uint64_t writt
 	vq->taken[c->head] = 0;
 	vq->nr_inflight--;
 	vq->used_idx++;
-	/* The buffers and the entry are seen before the index that shows them. */
+}
+
+void vmm_split_push_span(struct vmm_vq *vq, const struct vmm_chain *chains, uint32_t nr,
+			 uint64_t written)
+{
+	for (uint32_t i = 0; i < nr; i++) {
+		put(vq, &chains[i], written);
+		written -= written < chains[i].write_len ? written : chains[i].write_len;
+	}
+	/* The buffers and the entries are seen before the index that shows them. */
 	atomic_thread_fence(memory_order_release);
 	vmm_store16(vq->used + 2, vq->used_idx);
 }

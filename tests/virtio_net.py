@@ -33,7 +33,12 @@ class Card(Rig):
     """A card whose peer is a socket of ours."""
 
     def __init__(
-        self, kind: str = "seq", transport: str = "mmio", backend: Backend | None = None, **kw: Any
+        self,
+        kind: str = "seq",
+        transport: str = "mmio",
+        backend: Backend | None = None,
+        packed: bool = False,
+        **kw: Any,
     ) -> None:
         self.kind = kind
         ours, theirs = socket.socketpair(socket.AF_UNIX, KINDS[kind])
@@ -42,7 +47,7 @@ class Card(Rig):
         self.net = Net(backend or Socket(theirs.detach(), "test"), mac=MAC, **kw)
         if backend is not None:
             theirs.close()
-        super().__init__(self.net, transport)
+        super().__init__(self.net, transport, packed=packed)
 
     # ---- the peer -------------------------------------------------------------------------------
 
@@ -83,9 +88,8 @@ class Card(Rig):
         """Until the card's own thread has finished what it was doing."""
         from vmm._native import lib
 
-        assert self.net._thread is not None
         for _ in range(2):
-            lib.vmm_loop_barrier(self.net._thread.native)
+            lib.vmm_loop_barrier(self.net._threads[0].native)
 
     def offer(self, *sizes: int, count: int = 1) -> None:
         """Chains to receive into."""

@@ -584,3 +584,25 @@ def test_a_driver_that_rewrites_while_the_device_walks(memory: GuestMemory, form
         thread.join()
     assert "chain" in verdicts
     assert len(verdicts) > 1
+
+
+@pytest.mark.parametrize("ring", RINGS)
+@pytest.mark.parametrize("start", [0, 13, 15])
+def test_several_given_back_at_once(memory: GuestMemory, ring: str, start: int) -> None:
+    """As one after the other, with the bytes spread over them; also around the ring's end."""
+    driver = RINGS[ring](memory, 16)
+    native = device_side("c", driver)
+    assert isinstance(native, NativeQueue)
+    for _ in range(start):
+        driver.add([], [(0x8000, 8)])
+        chain = native.pop()
+        assert chain is not None
+        native.push(chain, 0)
+    driver.reap()
+    heads = [driver.add([], [(0x8000 + 64 * i, 20)]) for i in range(4)]
+    chains = [chain for _ in heads if (chain := native.pop()) is not None]
+    native.push_span(chains[:1] + chains[1:3], 45)
+    assert driver.reap() == [(heads[0], 20), (heads[1], 20), (heads[2], 5)]
+    native.push_span([chains[0], chains[3]], 25)  # the first is not in flight any more
+    assert driver.reap() == [(heads[3], 5)]
+    assert native.inflight == 0

@@ -9,7 +9,7 @@ import struct
 from binascii import crc32
 
 from vmm._native import ffi, lib
-from vmm.devices.virtio.device import IoThread, VirtioDevice
+from vmm.devices.virtio.device import VirtioDevice
 from vmm.devices.virtio.net_options import OPTIONS
 from vmm.errors import ConfigError, HostError
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from vmm.board import Board
     from vmm.chario import Sink, Stream
+    from vmm.devices.virtio.device import IoThread
     from vmm.devices.virtio.net_backend import Backend
-    from vmm.devices.virtio.transport import QueueConfig, QueueIrqs
     from vmm.memory import GuestMemory
     from vmm.options import Options
 
@@ -68,6 +68,7 @@ class Net(VirtioDevice):
     """
 
     DEVICE_ID = 1
+    IN_ORDER = True
     KERNEL_CONFIG = "CONFIG_VIRTIO_NET"
     HELP = "A network card."
     OPTIONS = OPTIONS
@@ -86,9 +87,8 @@ class Net(VirtioDevice):
     ) -> None:
         self.backend = backend
         self._native = ffi.NULL
-        self._thread: IoThread | None = None
+        self._threads: list[IoThread] = []
         self._dump: _Dump | None = None
-        self._irqs: QueueIrqs | None = None
         self._up = backend.kind != lib.VMM_NET_NONE
         self._queue_size = queue_size
         self.limits = dict(limits or {})
@@ -143,9 +143,10 @@ class Net(VirtioDevice):
     def attach(self, memory: GuestMemory, loop: Any) -> None:
         super().attach(memory, loop)
         self.backend.ready(self.mac)
-        self._thread = IoThread(self.name)
-        config = self._native_config()
-        self._native = lib.vmm_net_create(self._thread.native, config)
+        # All its queues share what is limited, and are served by one.
+        self._threads = self.placement.threads(self.name, 1)
+        loop = self._threads[0].native if self._threads else loop
+        self._native = lib.vmm_net_create(loop, self._native_config())
         if self._native == ffi.NULL:
             raise HostError(f"{self.name}: {os.strerror(ffi.errno)}", errno=ffi.errno)
 
@@ -162,20 +163,18 @@ class Net(VirtioDevice):
             lib.vmm_bucket_set(ffi.addressof(config, name), rate, burst)
         return config
 
-    def activate(self, features: int, queues: list[QueueConfig | None], irqs: QueueIrqs) -> None:
-        self._irqs = irqs
-        super().activate(features, queues, irqs)
-
     def io_threads(self) -> list[IoThread]:
-        return [self._thread] if self._thread is not None else []
+        return self._threads
 
     def start_queue(self, index: int, config: Any) -> int:
         return int(lib.vmm_net_start(self._native, config))
 
     def stop_queues(self) -> None:
-        self._irqs = None
         lib.vmm_net_stop(self._native)
         self._refresh()
+
+    def stop_queue(self, index: int) -> None:
+        lib.vmm_net_stop_queue(self._native, index)
 
     def write_config(self, offset: int, size: int, value: int) -> None:
         """Nothing of it can be written: virtio-v1.3 §5.1.4.1. What C made of it stays."""
@@ -236,9 +235,9 @@ class Net(VirtioDevice):
         super().close()
         lib.vmm_net_destroy(self._native)
         self._native = ffi.NULL
-        if self._thread is not None:
-            self._thread.close()
-            self._thread = None
+        for thread in self._threads:
+            thread.close()
+        self._threads = []
         if self._dump is not None:
             self._dump.close()
             self._dump = None
