@@ -1,24 +1,33 @@
-"""Runs the benchmarks where Linux boots: here, or in the emulated host that vmm brings along."""
+"""Runs a benchmark where Linux boots: here, or in the emulated host that vmm brings along.
+
+``python -m bench [boot|net|device] [argument]…``; default boot. ``device`` runs
+here, as it needs no Linux guest.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
-from bench import boot
+from tests.linux import can_boot_linux
 
 ROOT = Path(__file__).resolve().parent.parent
+NAMES = ("boot", "net", "device")
 
 
 def main() -> int:
     argv = sys.argv[1:]
-    boot.prepare()
-    if boot.can_boot_linux():
-        return boot.main(argv)
+    name = argv.pop(0) if argv and argv[0] in NAMES else NAMES[0]
+    bench = import_module(f"bench.{name}")
+    if hasattr(bench, "prepare"):
+        bench.prepare()
+    if name == "device" or can_boot_linux():
+        return int(bench.main(argv))
     print("bench: this host's KVM cannot boot Linux; measuring inside an emulated host", flush=True)
-    inner = [sys.executable, "-m", "bench.boot", *argv]
+    inner = [sys.executable, "-m", f"bench.{name}", *argv]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "vmm", "nested", "--", *inner]
     return subprocess.call(command, cwd=ROOT, env=environment)

@@ -1,0 +1,180 @@
+"""virtio-net under Linux guests: TCP both ways, one and eight streams, and round trips.
+
+The same stock kernel and initramfs under vmm and QEMU, on a tap (QEMU's with and without
+vhost-net) and by user-mode networking (passt here, slirp in QEMU), taking turns on one machine.
+The other end is a process of the host; the rates are what the receiving side saw.
+
+``python -m bench.net [--rounds N] [--seconds N] [--only NAME]…`` where Linux can be booted;
+``python -m bench net …`` there or in an emulated host. Needs root, for the tap.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from guests.fetch import busybox, fetch
+from guests.initramfs import VIRTIO_MODULES, build, kernel_tree
+from guests.tools import archive
+
+ROOT = Path(__file__).resolve().parent.parent
+TAP, HOST, GUEST = "vmmbench0", "10.97.0.1", "10.97.0.2"
+USER_HOST, USER_GUEST = "10.0.2.2", "10.0.2.15"
+PORT = 7797
+APPEND = "console=ttyS0 quiet panic=-1 reboot=t"
+DEADLINE_S = 600
+FIGURES = ("tx1_mb_s", "tx8_mb_s", "rx1_mb_s", "rx8_mb_s", "rtt_p50_us", "rtt_p99_us")
+
+SCRIPT = """\
+ip addr add {guest}/24 dev eth0
+ip link set eth0 up
+netload send {host} {port} {seconds} 1 | sed 's/^tx/tx1/'
+netload send {host} {port} {seconds} 8 | sed 's/^tx/tx8/'
+netload recv {host} {port} {seconds} 1 | sed 's/^rx/rx1/'
+netload recv {host} {port} {seconds} 8 | sed 's/^rx/rx8/'
+netload ping {host} {port} 500
+poweroff -f
+"""
+
+#: Kernel and initramfs -> the command.
+Argv = Callable[[str, str], list[str]]
+
+
+def vmm(net: str) -> Argv:
+    return lambda kernel, initrd: [
+        sys.executable, "-m", "vmm", "run", "--accel", "kvm", "-k", kernel, "-i", initrd,
+        "-m", "512M", "-a", APPEND, "--net", net,
+    ]  # fmt: skip
+
+
+def qemu(netdev: str) -> Argv:
+    return lambda kernel, initrd: [
+        "qemu-system-x86_64", "-M", "q35", "-accel", "kvm", "-cpu", "host", "-m", "512",
+        "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio",
+        "-kernel", kernel, "-initrd", initrd, "-append", APPEND, "-netdev", f"{netdev},id=n",
+        "-device", "virtio-net-pci,netdev=n,disable-legacy=on,romfile=",
+    ]  # fmt: skip
+
+
+def contenders() -> dict[str, tuple[Argv, bool]]:
+    """By name: the command, and whether it is on the tap."""
+    tap = f"tap,ifname={TAP},script=no,downscript=no"
+    found = {"vmm tap": (vmm(f"tap,ifname={TAP}"), True)}
+    have_qemu = shutil.which("qemu-system-x86_64") is not None
+    if have_qemu:
+        found["qemu tap"] = (qemu(f"{tap},vhost=off"), True)
+        if os.path.exists("/dev/vhost-net"):
+            found["qemu tap, vhost"] = (qemu(f"{tap},vhost=on"), True)
+    if shutil.which("passt"):
+        found["vmm user"] = (vmm("user"), False)
+    if have_qemu:
+        found["qemu user"] = (qemu("user"), False)
+    return found
+
+
+def initramfs(on_tap: bool, seconds: float, folder: str) -> str:
+    host, guest = (HOST, GUEST) if on_tap else (USER_HOST, USER_GUEST)
+    script = SCRIPT.format(host=host, guest=guest, port=PORT, seconds=seconds)
+    base = build(script, kernel_tree(), modules=(*VIRTIO_MODULES, "virtio_net"))
+    joined = Path(folder) / f"{'tap' if on_tap else 'user'}.cpio"
+    joined.write_bytes(base.read_bytes() + archive("netload").read_bytes())
+    return str(joined)
+
+
+def prepare() -> None:
+    """What is built, while files can still be kept."""
+    fetch("cloud-amd64")
+    with tempfile.TemporaryDirectory() as folder:
+        for on_tap in (True, False):
+            initramfs(on_tap, 1.0, folder)
+
+
+def tap_up() -> None:
+    """The host's end; the VMMs attach to the device by its name."""
+    ip = [str(busybox()), "ip"]
+    with open("/dev/net/tun", "r+b", buffering=0) as tun:
+        # TUNSETIFF: IFF_TAP, IFF_NO_PI and IFF_VNET_HDR; then TUNSETPERSIST.
+        fcntl.ioctl(tun, 0x400454CA, struct.pack("16sH22x", TAP.encode(), 0x5002))
+        fcntl.ioctl(tun, 0x400454CB, 1)
+    subprocess.run([*ip, "addr", "add", f"{HOST}/24", "dev", TAP], check=False, capture_output=True)
+    subprocess.run([*ip, "link", "set", TAP, "up"], check=True)
+
+
+def measure(argv: list[str]) -> dict[str, float]:
+    done = subprocess.run(
+        argv, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, timeout=DEADLINE_S,
+        check=False,
+    )  # fmt: skip
+    text = done.stdout.decode(errors="replace")
+    pairs = (line.strip().partition("=") for line in text.splitlines())
+    found = {name: float(value) for name, _, value in pairs if name in FIGURES}
+    if set(found) != set(FIGURES):
+        said = done.stderr.decode(errors="replace")
+        raise SystemExit(f"bench: {' '.join(argv)}\nprinted:\n{text}\n{said}")
+    return found
+
+
+def report(figures: dict[str, list[dict[str, float]]]) -> None:
+    rounds = len(next(iter(figures.values())))
+    print(
+        f"\nmedians of {rounds} interleaved rounds (ratio of vmm to it on the same network)\n"
+        f"{platform.machine()}, {os.cpu_count()} CPUs, Linux {platform.release()}, "
+        f"Python {platform.python_version()}"
+    )
+    print(f"{'':18}" + "".join(f"{name:>20}" for name in FIGURES))
+    median = {
+        name: {f: statistics.median(run[f] for run in runs) for f in FIGURES}
+        for name, runs in figures.items()
+    }
+    for name, row in median.items():
+        ours = median.get(f"vmm {'user' if 'user' in name else 'tap'}", row)
+        cells = (f"{row[f]:.1f} ({ours[f] / row[f]:.2f})" for f in FIGURES)
+        print(f"{name:18}" + "".join(f"{cell:>20}" for cell in cells))
+
+
+def main(argv: list[str]) -> int:
+    rounds, seconds, only = 3, 3.0, []
+    args = iter(argv)
+    for arg in args:
+        if arg == "--rounds":
+            rounds = int(next(args))
+        elif arg == "--seconds":
+            seconds = float(next(args))
+        elif arg == "--only":
+            only.append(next(args))
+        else:
+            raise SystemExit(f"bench.net: unknown argument {arg}")
+    kernel = str(fetch("cloud-amd64"))
+    chosen = {n: c for n, c in contenders().items() if not only or n in only}
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
+    with tempfile.TemporaryDirectory() as folder:
+        tool = Path(folder) / "netload"
+        source = ROOT / "guests" / "tools" / "netload.c"
+        subprocess.run(["gcc", "-O2", "-o", str(tool), str(source)], check=True)
+        tap_up()
+        server = subprocess.Popen([str(tool), "serve", str(PORT)], stdout=subprocess.DEVNULL)
+        try:
+            images = {tap: initramfs(tap, seconds, folder) for tap in (True, False)}
+            for turn in range(rounds):
+                for name, (make, on_tap) in chosen.items():
+                    figures[name].append(measure(make(kernel, images[on_tap])))
+                    values = " ".join(f"{k}={v:g}" for k, v in figures[name][-1].items())
+                    print(f"round {turn} {name}: {values}", flush=True)
+        finally:
+            server.kill()
+            server.wait()
+    report(figures)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

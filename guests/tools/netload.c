@@ -1,0 +1,225 @@
+/*
+ * netload: TCP throughput and round-trip time, for benchmarks.
+ *
+ *   netload serve PORT			answers until killed; prints "ready" first
+ *   netload send HOST PORT SECONDS STREAMS	prints "tx_mb_s=N"
+ *   netload recv HOST PORT SECONDS STREAMS	prints "rx_mb_s=N"
+ *   netload ping HOST PORT COUNT		prints "rtt_p50_us=N" and "rtt_p99_us=N"
+ *
+ * The first byte of a connection says what the client does: 's', 'r' or 'p'. Rates are those the
+ * receiving side saw, in units of 10^6 bytes.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PIECE (128 << 10)
+
+static char piece[PIECE];
+
+static void fail(const char *what)
+{
+	perror(what);
+	exit(1);
+}
+
+static double now(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec + t.tv_nsec / 1e9;
+}
+
+static void no_delay(int fd)
+{
+	int one = 1;
+
+	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+}
+
+static void push(int fd, double until)
+{
+	while (now() < until)
+		if (write(fd, piece, sizeof(piece)) < 0)
+			return;
+}
+
+static uint64_t drain(int fd, double until)
+{
+	uint64_t total = 0;
+	ssize_t n;
+
+	while (now() < until && (n = read(fd, piece, sizeof(piece))) > 0)
+		total += (uint64_t)n;
+	return total;
+}
+
+/* One client: sinks and reports, sources, or echoes. */
+static void answer(int fd)
+{
+	uint64_t total;
+	double seconds;
+	char what;
+
+	no_delay(fd);
+	if (read(fd, &what, 1) != 1)
+		return;
+	if (what == 's') {
+		total = drain(fd, now() + 3600);
+		if (write(fd, &total, sizeof(total)) < 0)
+			return;
+	} else if (what == 'r') {
+		if (read(fd, &seconds, sizeof(seconds)) == sizeof(seconds))
+			push(fd, now() + seconds);
+	} else {
+		while (read(fd, &what, 1) == 1 && write(fd, &what, 1) == 1)
+			;
+	}
+}
+
+static int serve(int port)
+{
+	struct sockaddr_in at = { .sin_family = AF_INET, .sin_port = htons((uint16_t)port) };
+	int fd = socket(AF_INET, SOCK_STREAM, 0), one = 1;
+
+	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
+	if (bind(fd, (struct sockaddr *)&at, sizeof(at)) || listen(fd, 64))
+		fail("listen");
+	signal(SIGCHLD, SIG_IGN);
+	puts("ready");
+	fflush(stdout);
+	for (;;) {
+		int client = accept(fd, NULL, NULL);
+
+		if (client < 0)
+			continue;
+		if (fork() == 0) {
+			answer(client);
+			_exit(0);
+		}
+		close(client);
+	}
+}
+
+static int dial(const char *host, int port)
+{
+	struct sockaddr_in to = { .sin_family = AF_INET, .sin_port = htons((uint16_t)port) };
+	int fd = -1;
+
+	if (inet_pton(AF_INET, host, &to.sin_addr) != 1)
+		fail(host);
+	for (int turn = 0; turn < 100; turn++) {
+		fd = socket(AF_INET, SOCK_STREAM, 0);
+		if (connect(fd, (struct sockaddr *)&to, sizeof(to)) == 0) {
+			no_delay(fd);
+			return fd;
+		}
+		close(fd);
+		poll(NULL, 0, 50);
+	}
+	fail("connect");
+	return -1;
+}
+
+/* One stream, in a child process: bytes per second the receiver saw. */
+static double one_stream(const char *host, int port, double seconds, int sending)
+{
+	int fd = dial(host, port);
+	double began = now();
+	uint64_t total = 0;
+
+	if (sending) {
+		if (write(fd, "s", 1) != 1)
+			fail("write");
+		push(fd, began + seconds);
+		shutdown(fd, SHUT_WR);
+		if (recv(fd, &total, sizeof(total), MSG_WAITALL) != sizeof(total))
+			fail("the receiver's count");
+	} else {
+		if (write(fd, "r", 1) != 1 || write(fd, &seconds, sizeof(seconds)) < 0)
+			fail("write");
+		total = drain(fd, began + seconds + 60);
+	}
+	return (double)total / (now() - began);
+}
+
+static int load(char **argv, int sending)
+{
+	const int streams = atoi(argv[5]);
+	double sum = 0, rate;
+	int result[2];
+
+	if (pipe(result))
+		fail("pipe");
+	for (int i = 0; i < streams; i++) {
+		if (fork() == 0) {
+			rate = one_stream(argv[2], atoi(argv[3]), atof(argv[4]), sending);
+			_exit(write(result[1], &rate, sizeof(rate)) != sizeof(rate));
+		}
+	}
+	close(result[1]);
+	for (int i = 0; i < streams; i++) {
+		if (read(result[0], &rate, sizeof(rate)) != sizeof(rate))
+			fail("a stream's rate");
+		sum += rate;
+	}
+	printf("%s_mb_s=%.1f\n", sending ? "tx" : "rx", sum / 1e6);
+	return 0;
+}
+
+static int by_size(const void *a, const void *b)
+{
+	const double x = *(const double *)a, y = *(const double *)b;
+
+	return (x > y) - (x < y);
+}
+
+static int ping(char **argv)
+{
+	const int count = atoi(argv[4]);
+	double *took = calloc((size_t)count, sizeof(*took));
+	int fd = dial(argv[2], atoi(argv[3]));
+	char byte = 'p';
+
+	if (!took || count < 1 || write(fd, &byte, 1) != 1)
+		fail("ping");
+	for (int i = 0; i < count; i++) {
+		double began = now();
+
+		if (write(fd, &byte, 1) != 1 || read(fd, &byte, 1) != 1)
+			fail("ping");
+		took[i] = (now() - began) * 1e6;
+	}
+	qsort(took, (size_t)count, sizeof(*took), by_size);
+	printf("rtt_p50_us=%.0f\nrtt_p99_us=%.0f\n", took[count / 2], took[count * 99 / 100]);
+	return 0;
+}
+
+int main(int argc, char **argv)
+{
+	signal(SIGPIPE, SIG_IGN);
+	if (argc == 3 && !strcmp(argv[1], "serve"))
+		return serve(atoi(argv[2]));
+	if (argc == 6 && !strcmp(argv[1], "send"))
+		return load(argv, 1);
+	if (argc == 6 && !strcmp(argv[1], "recv"))
+		return load(argv, 0);
+	if (argc == 5 && !strcmp(argv[1], "ping"))
+		return ping(argv);
+	fprintf(stderr, "usage: netload serve PORT | send|recv HOST PORT SECONDS STREAMS"
+			" | ping HOST PORT COUNT\n");
+	return 2;
+}
