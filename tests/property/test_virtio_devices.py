@@ -35,7 +35,7 @@ TABLES, HEADERS, BUFFERS, END = 0x4000, 0x8000, 0x1_0000, 0x8_0000
 NAMES = sorted(set(MUTATIONS) - {"addr_ring"})
 
 REQUEST = st.tuples(
-    st.sampled_from([0, 0, 0, 1, 1, 1, 4, 8, 2, 11, 0xFFFFFFFF]),
+    st.sampled_from([0, 0, 0, 1, 1, 1, 4, 8, 2, 11, 13, 13, 0xFFFFFFFF]),
     st.one_of(st.integers(0, SECTORS + 1), st.integers(0, (1 << 64) - 1)),
     st.sampled_from([512, 512, 1024, 4096, 1, 511, 0]),
     st.booleans(),
@@ -84,7 +84,7 @@ def pattern(sector: int) -> bytes:
     return struct.pack("<Q", sector) * 64
 
 
-@pytest.fixture(scope="module", params=["blk-threads", "blk-uring", "rng", "console"])
+@pytest.fixture(scope="module", params=["blk-threads", "blk-uring", "blk-queues", "rng", "console"])
 def target(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Target]:
@@ -94,6 +94,7 @@ def target(
     made = {
         "blk-threads": lambda: Target(Blk(str(image), uring=False), 0, image),
         "blk-uring": lambda: Target(Blk(str(image)), 0, image),
+        "blk-queues": lambda: Target(Blk(str(image), queues=4, cache="none"), 2, image),
         "rng": lambda: Target(Rng(), 0),
         "console": lambda: Target(Console(out), 1),
     }[request.param]()
@@ -109,6 +110,12 @@ def build(target: Target, case: dict[str, Any]) -> DriverRing:
     at, table, header = BUFFERS, TABLES, HEADERS
     for kind, sector, size, indirect, cut in case["requests"]:
         header += 16
+        if kind in (11, 13):  # discard, write zeroes: up to three segments, the last one cut short
+            count = min(size, 2 * SECTORS)
+            segments = struct.pack("<QII", sector, count, cut == 1) * (1 + cut % 3)
+            segments = segments[: len(segments) - (cut == 7)]
+            ring.memory.write(at, segments)
+            size = len(segments)
         data, status = at, at + size
         at += size + 16
         ring.memory.write(header, struct.pack("<IIQ", kind, 0, sector))
@@ -116,7 +123,7 @@ def build(target: Target, case: dict[str, Any]) -> DriverRing:
             [(header, 16)] if not cut or cut > 15 else [(header, cut), (header + cut, 16 - cut)]
         )
         writable = [(status, 1)]
-        if size and kind == 1:
+        if size and kind in (1, 11, 13):
             readable.append((data, size))
         elif size:
             writable.insert(0, (data, size))
@@ -173,6 +180,11 @@ def check_memory(target: Target, ring: DriverRing, chains: list[Chain]) -> None:
         assert now == before, "the device wrote where it was given nothing to write"
 
 
+def whole_segments(chain: Chain) -> bytes:
+    data = chain.read(min(chain.read_len, 16 * 33))[16:]
+    return data[: len(data) // 16 * 16]
+
+
 def check_image(target: Target, chains: list[Chain]) -> None:
     """Only sectors that some request wrote may differ; then they are put back."""
     if target.image is None:
@@ -185,6 +197,9 @@ def check_image(target: Target, chains: list[Chain]) -> None:
         if len(head) == 16 and head[:4] == b"\1\0\0\0":
             first = int.from_bytes(head[8:], "little")
             asked.update(range(first, min(SECTORS, first + (chain.read_len - 16) // 512)))
+        if len(head) == 16 and int.from_bytes(head[:4], "little") in (11, 13):
+            for first, count, _ in struct.iter_unpack("<QII", whole_segments(chain)):
+                asked.update(range(first, min(SECTORS, first + count)))
     wrong = [
         s for s in range(SECTORS) if now[512 * s : 512 * s + 512] != pattern(s) and s not in asked
     ]
