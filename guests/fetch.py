@@ -1,6 +1,6 @@
 """Gets what Linux guests are made of from Debian's archive, without being root.
 
-``python -m guests.fetch cloud-amd64 amd64 busybox rootfs`` fetches what is named and missing;
+``python -m guests.fetch cloud-amd64 amd64 busybox rootfs fio`` fetches what is named and missing;
 ``--print-kernel FLAVOUR`` prints the path of a fetched kernel image.
 """
 
@@ -29,7 +29,12 @@ def fetch(what: str) -> Path:
         from guests.rootfs import debian_image
 
         return debian_image()
-    raise SystemExit(f"guests.fetch: {what}: not one of {', '.join(KERNELS)}, busybox, rootfs")
+    if what == "fio":
+        from guests.fio import fio_archive
+
+        return fio_archive()
+    known = ", ".join((*KERNELS, "busybox", "rootfs", "fio"))
+    raise SystemExit(f"guests.fetch: {what}: not one of {known}")
 
 
 def main(argv: list[str]) -> int:
