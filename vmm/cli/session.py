@@ -14,7 +14,9 @@ from vmm.terminal import Terminal
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal
+    from collections.abc import Callable
     from types import FrameType
+    from typing import Any
 
     from vmm.chardev import CharDev
     from vmm.config import MachineConfig
@@ -50,6 +52,8 @@ class Session:
         self.signal = 0
         self.quit = False
         self._done = False
+        #: A disk has paused the guest.
+        self._held = False
         self._consoles: list[CharDev] = []
         self._old: list[tuple[int, object]] = []
         self._old_wakeup = -1
@@ -63,6 +67,7 @@ class Session:
         try:
             self.machine.start()
             self._consoles = list(self.machine.consoles)
+            self._watch_disks()
             self._connect_terminal()
             self._greet()  # from here on keys are the guest's
             self._poke()
@@ -126,6 +131,9 @@ class Session:
             self._connect_terminal()
             for console in self._consoles:
                 console.input.kick()
+            if self._held:
+                self._held = False
+                self.machine.resume()
         elif number == signal.SIGWINCH:
             self._tell_size()
         elif number in ENDING:
@@ -165,6 +173,23 @@ class Session:
             for device in self.machine.devices:
                 if isinstance(device, Console):
                     device.resize(*self.terminal.size())
+
+    def _watch_disks(self) -> None:
+        """With werror=pause and its like, say why the guest stands still and how it goes on."""
+        for device in self.machine.devices:
+            if hasattr(device, "on_io_error"):
+                device.on_io_error = self._teller(device.on_io_error)
+
+    def _teller(self, pause: Callable[[Any, int], None]) -> Callable[[Any, int], None]:
+        def tell(disk: Any, error: int) -> None:
+            pause(disk, error)
+            self._held = True
+            complain(
+                f"{disk.name} ({disk.path}): {os.strerror(error)}; the guest is paused and goes on "
+                f"after 'kill -CONT {os.getpid()}', which tries again."
+            )
+
+        return tell
 
     # ---- what is said ---------------------------------------------------------------------
 
