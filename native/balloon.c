@@ -299,15 +299,23 @@ int vmm_balloon_start(struct vmm_balloon *b, const struct vmm_service_config *co
 	return vmm_service_start(&b->queues[role].service, config);
 }
 
+void vmm_balloon_stop_queue(struct vmm_balloon *b, uint32_t role)
+{
+	if (role >= VMM_BALLOON_NR_QUEUES)
+		return;
+	vmm_service_stop(&b->queues[role].service);
+	b->queues[role].busy = false;
+	if (role == VMM_BALLOON_STATS)
+		b->asked = false;
+	if (role == VMM_BALLOON_HINT)
+		vmm_balloon_forget_hints(b);
+}
+
 void vmm_balloon_stop(struct vmm_balloon *b)
 {
-	for (int i = 0; i < VMM_BALLOON_NR_QUEUES; i++) {
-		vmm_service_stop(&b->queues[i].service);
-		b->queues[i].busy = false;
-	}
+	for (uint32_t i = 0; i < VMM_BALLOON_NR_QUEUES; i++)
+		vmm_balloon_stop_queue(b, i);
 	/* To whoever drives the device next, the balloon is empty. */
 	vmm_pagemap_destroy(b->parts);
 	b->parts = NULL;
-	b->asked = false;
-	vmm_balloon_forget_hints(b);
 }

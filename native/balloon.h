@@ -41,19 +41,23 @@ void vmm_balloon_destroy(struct vmm_balloon *balloon);
  * (VIRTIO_BALLOON_F_MUST_TELL_HOST). */
 int vmm_balloon_start(struct vmm_balloon *balloon, const struct vmm_service_config *config,
 		      uint32_t role, int tells);
+void vmm_balloon_stop_queue(struct vmm_balloon *balloon, uint32_t role);
+/* All of them; the balloon is empty then. */
 void vmm_balloon_stop(struct vmm_balloon *balloon);
 
 /* The rest: any thread. */
 
 /* Reported pages keep what is in them: the guest relies on it (poisoning). */
 void vmm_balloon_keep_reported(struct vmm_balloon *balloon, int keep);
+/* Nobody waits any more, now or later. */
+void vmm_balloon_cancel(struct vmm_balloon *balloon);
 /* Ask the driver for statistics now. */
 void vmm_balloon_ask(struct vmm_balloon *balloon);
 /* And every period_ms from now on, unless it is 0. */
 void vmm_balloon_every(struct vmm_balloon *balloon, uint32_t period_ms);
 /* How many answers there were. */
 uint64_t vmm_balloon_answers(struct vmm_balloon *balloon);
-/* Waits until there are more than `answers`; 0 or -ETIMEDOUT. */
+/* Waits until there are more than `answers`; 0, -ETIMEDOUT or -ECANCELED. */
 int vmm_balloon_wait(struct vmm_balloon *balloon, uint64_t answers, int timeout_ms);
 /* The last answer; returns how many of its (at most VMM_BALLOON_MAX_STATS) entries. */
 uint32_t vmm_balloon_stats(struct vmm_balloon *balloon, struct vmm_balloon_stat *out);
@@ -99,6 +103,7 @@ struct vmm_balloon {
 
 	pthread_mutex_t lock; /* what follows */
 	pthread_cond_t cond;
+	bool canceled;
 	uint64_t answers;
 	uint32_t nr_stats;
 	struct vmm_balloon_stat stats[VMM_BALLOON_MAX_STATS];

@@ -80,6 +80,14 @@ void vmm_balloon_every(struct vmm_balloon *b, uint32_t period_ms)
 	vmm_loop_call(b->loop, set_timer, b);
 }
 
+void vmm_balloon_cancel(struct vmm_balloon *b)
+{
+	pthread_mutex_lock(&b->lock);
+	b->canceled = true;
+	pthread_cond_broadcast(&b->cond);
+	pthread_mutex_unlock(&b->lock);
+}
+
 uint64_t vmm_balloon_answers(struct vmm_balloon *b)
 {
 	uint64_t n;
@@ -97,7 +105,8 @@ int vmm_balloon_wait(struct vmm_balloon *b, uint64_t answers, int timeout_ms)
 
 	pthread_mutex_lock(&b->lock);
 	while (b->answers <= answers && !rc)
-		rc = pthread_cond_timedwait(&b->cond, &b->lock, &until);
+		rc = b->canceled ? ECANCELED :
+				   pthread_cond_timedwait(&b->cond, &b->lock, &until);
 	rc = b->answers > answers ? 0 : -rc;
 	pthread_mutex_unlock(&b->lock);
 	return rc;
@@ -173,7 +182,8 @@ int vmm_balloon_collected(struct vmm_balloon *b, int timeout_ms)
 
 	pthread_mutex_lock(&b->lock);
 	while ((b->hint_state == VMM_HINT_ASKED || b->hint_state == VMM_HINT_STARTED) && !rc)
-		rc = pthread_cond_timedwait(&b->cond, &b->lock, &until);
+		rc = b->canceled ? ECANCELED :
+				   pthread_cond_timedwait(&b->cond, &b->lock, &until);
 	if (b->hint_state == VMM_HINT_DONE)
 		rc = 0;
 	else if (b->hint_state == VMM_HINT_STOPPED)

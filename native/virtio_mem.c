@@ -304,16 +304,6 @@ int vmm_virtio_mem_request(struct vmm_virtio_mem *m, uint64_t requested)
 	return 0;
 }
 
-uint64_t vmm_virtio_mem_plugged(struct vmm_virtio_mem *m)
-{
-	uint64_t n;
-
-	pthread_mutex_lock(&m->lock);
-	n = m->plugged;
-	pthread_mutex_unlock(&m->lock);
-	return n;
-}
-
 void vmm_virtio_mem_reset(struct vmm_virtio_mem *m)
 {
 	pthread_mutex_lock(&m->lock);

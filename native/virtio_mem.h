@@ -34,7 +34,6 @@ enum { VMM_VIRTIO_MEM_CONFIG = 56 };
 void vmm_virtio_mem_config(struct vmm_virtio_mem *m, uint8_t *out);
 /* How much of it the guest shall have, and tell it. -EINVAL: not whole blocks, or too many. */
 int vmm_virtio_mem_request(struct vmm_virtio_mem *m, uint64_t requested);
-uint64_t vmm_virtio_mem_plugged(struct vmm_virtio_mem *m);
 /* As at power-on. */
 void vmm_virtio_mem_reset(struct vmm_virtio_mem *m);
 

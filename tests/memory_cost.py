@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vmm.memory import GuestMemory
+from vmm.memory import RamRange
 
 
-def resident(memory: GuestMemory) -> int:
+def resident(memory: list[RamRange]) -> int:
     """Bytes of this process's mappings of guest RAM that are in the host's memory."""
-    ranges = [(r.hva, r.hva + r.size) for r in memory.ranges]
+    ranges = [(r.hva, r.hva + r.size) for r in memory]
     total, counting = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         key, _, rest = line.partition(" ")

@@ -14,6 +14,7 @@ from tests.virtio_rig import HIGH, RAM, TRANSPORTS, Rig
 from vmm._native import lib
 from vmm.devices.virtio import balloon
 from vmm.devices.virtio.balloon import PAGE, Balloon
+from vmm.devices.virtio.device import F_RING_PACKED
 from vmm.errors import ConfigError, VmmError
 
 INFLATE, DEFLATE, STATS, HINT, REPORT = range(5)
@@ -61,8 +62,14 @@ Make = Callable[..., BalloonRig]
 def make() -> Iterator[Make]:
     rigs: list[BalloonRig] = []
 
-    def new(transport: str = "mmio", backing: str = "anon", **options: object) -> BalloonRig:
-        rigs.append(BalloonRig(Balloon(**options), transport, backing=backing))  # type: ignore[arg-type]
+    def new(
+        transport: str = "mmio",
+        backing: str = "anon",
+        packed: bool = False,
+        **options: object,
+    ) -> BalloonRig:
+        device = Balloon(**options)  # type: ignore[arg-type]
+        rigs.append(BalloonRig(device, transport, backing=backing, packed=packed))
         return rigs[-1]
 
     yield new
@@ -81,13 +88,13 @@ def test_inflated_pages_go_back_to_the_host(make: Make, transport: str, backing:
     rig = make(transport, backing)
     rig.driver.start()
     rig.fill()
-    before = resident(rig.memory)
+    before = resident(rig.memory.ranges)
     # Downwards, as Linux allocates, and every other page of the upper range.
     down = range((RAM >> 12) - 1, (RAM >> 12) - 257, -1)
     odd = range((HIGH >> 12) + 1, (HIGH >> 12) + 256, 2)
     assert rig.queue(INFLATE).request([pfns(*down)], [])[0] == 0
     assert rig.queue(INFLATE).request([pfns(*odd)], [])[0] == 0
-    assert resident(rig.memory) == before - (256 + 128) * PAGE
+    assert resident(rig.memory.ranges) == before - (256 + 128) * PAGE
     assert rig.device.counts() == {
         "inflated": 384 * PAGE, "reported": 0, "failed": 0, "ignored": 0,
     }  # fmt: skip
@@ -185,9 +192,9 @@ def test_reported_pages_go_back_and_keep_their_edges(rig: BalloonRig) -> None:
     features = rig.driver.start()
     assert features >> balloon.F_PAGE_REPORTING & 1
     rig.fill()
-    before = resident(rig.memory)
+    before = resident(rig.memory.ranges)
     rig.offer_pages(REPORT, [(FREE, 1 << 20), (HIGH + 100, 3 * PAGE), (FREE + 0x180000, 100)])
-    assert resident(rig.memory) == before - (1 << 20) - 2 * PAGE
+    assert resident(rig.memory.ranges) == before - (1 << 20) - 2 * PAGE
     assert rig.device.counts()["reported"] == (1 << 20) + 2 * PAGE
     assert rig.memory.read(FREE, 1 << 20) == bytes(1 << 20)
     assert rig.memory.read(HIGH, PAGE) == b"\xa5" * PAGE
@@ -218,6 +225,59 @@ def test_reporting_and_oom_can_be_left_out(make: Make) -> None:
     assert not features >> balloon.F_PAGE_REPORTING & 1
     assert not features >> balloon.F_DEFLATE_ON_OOM & 1
     assert make().regs.features() >> balloon.F_DEFLATE_ON_OOM & 1
+
+
+def test_closing_ends_what_waits() -> None:
+    """The machine may close while a thread waits for a guest that never answers."""
+    rig = BalloonRig(Balloon(), "mmio")
+    rig.driver.start()
+    entered, raised = threading.Event(), []
+
+    def ask() -> None:
+        entered.set()
+        try:
+            rig.device.stats(timeout=60)
+        except VmmError as e:
+            raised.append(e)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    entered.wait()
+    rig.close()
+    asking.join(30)
+    assert raised
+
+
+def test_on_packed_queues(make: Make) -> None:
+    rig = make(packed=True)
+    assert rig.driver.start() >> F_RING_PACKED & 1
+    rig.fill()
+    for first in range(512, 1024, 256):
+        assert rig.queue(INFLATE).request([pfns(*range(first, first + 256))], [])[0] == 0
+    assert rig.memory.read(FREE, RAM - FREE) == bytes(RAM - FREE)
+    q = rig.queue(STATS)
+    for n in range(3):
+        q.add([STAT.pack(4, n)], [])
+        q.kick()
+        rig.until(lambda n=n: rig.device.last_stats() == {"free_memory": n}, "an answer")  # type: ignore[misc]
+        lib.vmm_balloon_ask(rig.device._lent.native)
+        q.wait()
+
+
+def test_one_queue_is_reset(rig: BalloonRig) -> None:
+    rig.driver.start()
+    rig.fill()
+    q = rig.queue(STATS)
+    q.add([STAT.pack(4, 1)], [])
+    q.kick()
+    rig.settle()
+    assert rig.regs.reset_queue(STATS)
+    assert rig.queue(INFLATE).request([pfns(FREE >> 12)], [])[0] == 0
+    again = rig.driver.setup_queue(STATS)
+    again.add([STAT.pack(4, 2)], [])
+    again.kick()
+    rig.until(lambda: rig.device.last_stats() == {"free_memory": 2}, "an answer")
+    assert not rig.broken
 
 
 STAT = struct.Struct("<HQ")

@@ -13,8 +13,9 @@ from tests.virtio_rig import TRANSPORTS, Rig
 from vmm._native import lib
 from vmm.board import Board
 from vmm.config import MachineConfig
+from vmm.devices.virtio.device import F_RING_PACKED
 from vmm.devices.virtio.virtio_mem import F_UNPLUGGED_INACCESSIBLE, VirtioMem
-from vmm.errors import ConfigError, HostError, MemoryFault
+from vmm.errors import ConfigError, HostError, MemoryFault, VmmError
 from vmm.irq import IrqChip
 from vmm.memory import GuestMemory
 
@@ -221,20 +222,33 @@ def test_the_usable_part_grows_and_shrinks_with_unplug_all(make: Make) -> None:
 def test_unplugged_memory_goes_back_to_the_host(make: Make, backing: str) -> None:
     rig = make(backing=backing)
     rig.driver.start()
-    assert resident_region(rig) == 0
+    assert resident(rig.memory.added) == 0
     assert rig.ask(PLUG, 0, 4) == ACK
     rig.memory.write(BASE, b"\xa5" * (4 * BLOCK))
-    assert resident_region(rig) == 4 * BLOCK
+    assert resident(rig.memory.added) == 4 * BLOCK
     assert rig.ask(UNPLUG, 1, 2) == ACK
-    assert resident_region(rig) == 2 * BLOCK
+    assert resident(rig.memory.added) == 2 * BLOCK
     assert rig.ask(UNPLUG_ALL) == ACK
-    assert resident_region(rig) == 0
+    assert resident(rig.memory.added) == 0
 
 
-def resident_region(rig: MemRig) -> int:
-    only = GuestMemory.__new__(GuestMemory)
-    only.ranges = rig.memory.added
-    return resident(only)
+def test_the_queue_is_reset(rig: MemRig) -> None:
+    assert rig.ask(PLUG, 0, 2) == ACK
+    assert rig.regs.reset_queue(0)
+    rig.device.set_requested(3 * BLOCK)
+    rig.driver.setup_queue(0)
+    assert rig.sizes == (8, 2, 3)
+    assert rig.ask(PLUG, 2, 1) == ACK
+
+
+def test_on_a_packed_queue() -> None:
+    rig = MemRig(Placed(8 * BLOCK, requested=4 * BLOCK), "pci", packed=True)
+    assert rig.driver.start() >> F_RING_PACKED & 1
+    for block in range(4):
+        assert rig.ask(PLUG, block, 1) == ACK
+    assert rig.ask(PLUG, 4, 1) == NACK
+    assert rig.sizes == (8, 4, 4)
+    rig.close()
 
 
 def test_what_was_left_in_an_unplugged_block_is_gone(rig: MemRig) -> None:
@@ -266,7 +280,7 @@ def test_a_driver_that_leaves_and_comes_back_finds_its_blocks(rig: MemRig) -> No
         ({"size": 4 * MIB, "requested": MIB}, "cannot be requested"),
     ],
 )
-def test_sizes_that_are_wrong(options: dict[str, int], said: str) -> None:
+def test_sizes_that_are_wrong(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         VirtioMem(**options)
 
@@ -285,6 +299,8 @@ def test_without_a_place() -> None:
     memory = GuestMemory([(0, MIB)])
     device = VirtioMem(8 * MIB)
     assert (device.plugged, device.requested) == (0, 0)
+    with pytest.raises(VmmError, match="not part of a running machine"):
+        device.set_requested(BLOCK)
     with pytest.raises(HostError):
         device.attach(memory, None)
     device.close()

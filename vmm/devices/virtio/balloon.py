@@ -17,6 +17,7 @@ import threading
 
 from vmm._native import ffi, lib
 from vmm.devices.virtio.device import VirtioDevice
+from vmm.devices.virtio.lent import Lent
 from vmm.errors import ConfigError, VmmError
 from vmm.options import Field
 from vmm.values import format_size, parse_duration, parse_size
@@ -78,6 +79,7 @@ class Balloon(VirtioDevice):
     )
     DEVICE_ID = 5
     QUEUE_SIZES = (128,) * lib.VMM_BALLOON_NR_QUEUES
+    IN_ORDER = True
     KERNEL_CONFIG = "CONFIG_VIRTIO_BALLOON"
 
     def __init__(
@@ -91,12 +93,11 @@ class Balloon(VirtioDevice):
     ) -> None:
         """``target`` in bytes, ``stats`` the seconds between statistics (None: when asked)."""
         super().__init__(name)
-        self._native = ffi.NULL
+        self._lent = Lent(self)
         self._period = stats
         self._reporting = reporting
         self._deflate_on_oom = deflate_on_oom
         self._lock = threading.Lock()
-        self._irqs: QueueIrqs | None = None
         self._untold = False
         self._roles: list[int] = []
         self._next_hint = _HINT_FIRST
@@ -128,8 +129,8 @@ class Balloon(VirtioDevice):
 
     def attach(self, memory: GuestMemory, loop: Any) -> None:
         super().attach(memory, loop)
-        self._native = lib.vmm_balloon_create(loop, memory.table, self.QUEUE_SIZES[0])
-        if self._native == ffi.NULL:
+        self._lent.native = lib.vmm_balloon_create(loop, memory.table, self.QUEUE_SIZES[0])
+        if self._lent.native == ffi.NULL:
             raise MemoryError(self.name)
         if self._period:
             self.poll_stats(self._period)
@@ -140,19 +141,21 @@ class Balloon(VirtioDevice):
         self._keep_poisoned(features)
         super().activate(features, queues, irqs)
         with self._lock:
-            self._irqs = irqs
             if self._untold:
                 self._untold = False
                 irqs.config_changed()
 
     def start_queue(self, index: int, config: Any) -> int:
         tells = self.features >> F_MUST_TELL_HOST & 1
-        return int(lib.vmm_balloon_start(self._native, config, self._roles[index], tells))
+        return int(lib.vmm_balloon_start(self._lent.native, config, self._roles[index], tells))
+
+    def stop_queue(self, index: int) -> None:
+        lib.vmm_balloon_stop_queue(self._lent.native, self._roles[index])
 
     def stop_queues(self) -> None:
         with self._lock:
             self._irqs = None
-        lib.vmm_balloon_stop(self._native)
+        lib.vmm_balloon_stop(self._lent.native)
         # The pages are the driver's again, whoever that will be.
         struct.pack_into("<I", self.config, _ACTUAL, 0)
 
@@ -166,12 +169,15 @@ class Balloon(VirtioDevice):
         """Free pages of such a guest hold a pattern that it checks. virtio-v1.3 §5.5.6.6."""
         poison = struct.unpack_from("<I", self.config, _POISON)[0]
         keep = features >> F_PAGE_POISON & 1 and poison != 0
-        lib.vmm_balloon_keep_reported(self._native, int(keep))
+        lib.vmm_balloon_keep_reported(self._lent.native, int(keep))
 
     def close(self) -> None:
         super().close()
-        lib.vmm_balloon_destroy(self._native)
-        self._native = ffi.NULL
+        native = self._lent.take_back()
+        if native != ffi.NULL:
+            lib.vmm_balloon_cancel(native)
+            self._lent.wait()
+            lib.vmm_balloon_destroy(native)
 
     # ---- for whoever runs the machine -----------------------------------------------------------
 
@@ -196,25 +202,27 @@ class Balloon(VirtioDevice):
     def poll_stats(self, seconds: float | None) -> None:
         """Ask for statistics this often from now on; None: only when asked."""
         ms = 0 if not seconds else max(1, min(int(seconds * 1000), (1 << 32) - 1))
-        lib.vmm_balloon_every(self._here(), ms)
+        with self._lent as native:
+            lib.vmm_balloon_every(native, ms)
 
     def stats(self, timeout: float = 5.0) -> dict[str, int]:
         """What the guest says of its memory now, by the names in STATS. Raises VmmError when no
         driver answers in ``timeout`` seconds."""
-        native = self._here()
-        before = lib.vmm_balloon_answers(native)
-        lib.vmm_balloon_ask(native)
-        if lib.vmm_balloon_wait(native, before, _ms(timeout)):
-            raise VmmError(
-                f"{self.name}: the guest's driver sent no statistics within {timeout:g} s; "
-                f"is it loaded ({self.KERNEL_CONFIG})?"
-            )
+        with self._lent as native:
+            before = lib.vmm_balloon_answers(native)
+            lib.vmm_balloon_ask(native)
+            if lib.vmm_balloon_wait(native, before, _ms(timeout)):
+                raise VmmError(
+                    f"{self.name}: the guest's driver sent no statistics within {timeout:g} s; "
+                    f"is it loaded ({self.KERNEL_CONFIG})?"
+                )
         return self.last_stats()
 
     def last_stats(self) -> dict[str, int]:
         """The newest statistics there are; empty before the first."""
         entries = ffi.new("struct vmm_balloon_stat[]", lib.VMM_BALLOON_MAX_STATS)
-        count = lib.vmm_balloon_stats(self._here(), entries)
+        with self._lent as native:
+            count = lib.vmm_balloon_stats(native, entries)
         return {STATS[e.tag]: e.value for e in entries[0:count] if e.tag < len(STATS)}
 
     def counts(self) -> dict[str, int]:
@@ -222,7 +230,8 @@ class Balloon(VirtioDevice):
         ``reported``, bytes the host could not take (``failed``), and how many page numbers were
         ``ignored`` because they are not RAM."""
         c = ffi.new("struct vmm_balloon_counts *")
-        lib.vmm_balloon_counts(self._here(), c)
+        with self._lent as native:
+            lib.vmm_balloon_counts(native, c)
         return {name: getattr(c, name) for name in ("inflated", "reported", "failed", "ignored")}
 
     def start_hints(self) -> None:
@@ -230,32 +239,29 @@ class Balloon(VirtioDevice):
         with self._lock:
             wanted = self._next_hint
             self._next_hint = max(_HINT_FIRST, wanted + 1 & 0xFFFF_FFFF)
-        if lib.vmm_balloon_collect(self._here(), wanted):
-            raise MemoryError(self.name)
+        with self._lent as native:
+            if lib.vmm_balloon_collect(native, wanted):
+                raise MemoryError(self.name)
         self._set(_HINT_ID, wanted)
 
     def hints(self, timeout: float = 5.0) -> list[tuple[int, int]]:
         """(gpa, size) of what was free, once the guest has said all. A page that was written
         since has contents again. Raises VmmError when it does not in ``timeout`` seconds."""
-        native = self._here()
-        if lib.vmm_balloon_collected(native, _ms(timeout)):
-            raise VmmError(f"{self.name}: the guest's driver did not say which pages are free.")
         found, at = [], 0
         start, size = ffi.new("uint64_t *"), ffi.new("uint64_t *")
-        while lib.vmm_balloon_hinted(native, at, start, size):
-            found.append((start[0], size[0]))
-            at = start[0] + size[0]
+        with self._lent as native:
+            if lib.vmm_balloon_collected(native, _ms(timeout)):
+                raise VmmError(f"{self.name}: the guest's driver did not say which pages are free.")
+            while lib.vmm_balloon_hinted(native, at, start, size):
+                found.append((start[0], size[0]))
+                at = start[0] + size[0]
         return found
 
     def end_hints(self) -> None:
         """The guest may have its free pages back."""
-        lib.vmm_balloon_collect(self._here(), _HINT_STOP)
+        with self._lent as native:
+            lib.vmm_balloon_collect(native, _HINT_STOP)
         self._set(_HINT_ID, _HINT_DONE)
-
-    def _here(self) -> Any:
-        if self._native == ffi.NULL:
-            raise VmmError(f"{self.name} is not part of a running machine.")
-        return self._native
 
     def _set(self, offset: int, value: int) -> None:
         with self._lock:

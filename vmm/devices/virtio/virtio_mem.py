@@ -9,6 +9,9 @@ The whole region is memory to KVM and to other devices, plugged or not: no I/O t
 hole, and no check races with an unplug. A guest that touches unplugged blocks finds zeros, and at
 worst makes the host provide the region's size, which its user allowed; what it leaves there is
 dropped when the block is plugged. Drivers are told to keep off (F_UNPLUGGED_INACCESSIBLE).
+
+No ACPI table speaks of the region: Linux goes by the device. (In an SRAT it would only prepare
+bounce buffers for devices that cannot reach it; all of ours can.)
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import os
 
 from vmm._native import ffi, lib
 from vmm.devices.virtio.device import VirtioDevice
+from vmm.devices.virtio.lent import Lent
 from vmm.errors import ConfigError, HostError
 from vmm.options import Field
 from vmm.values import format_size, parse_size
@@ -52,13 +56,14 @@ class VirtioMem(VirtioDevice):
     COMMAND_LINE = "memhp_default_state=online memory_hotplug.online_policy=auto-movable"
     DEVICE_ID = 24
     QUEUE_SIZES = (QUEUE_SIZE,)
+    IN_ORDER = True
     KERNEL_CONFIG = "CONFIG_VIRTIO_MEM"
 
     def __init__(
         self, size: int, *, requested: int = 0, block: int = BLOCK, name: str = "virtio-mem0"
     ) -> None:
         """Raises ConfigError."""
-        self._native = ffi.NULL
+        self._lent = Lent(self)
         super().__init__(name)
         if block < BLOCK_MIN or block & (block - 1):
             raise ConfigError(
@@ -72,7 +77,7 @@ class VirtioMem(VirtioDevice):
             )
         self.size = size
         self.block = block
-        self._first_request = requested
+        self._request_at_start = requested
         self._check(requested)
         self._populate = False
         #: Where it is; ``plug`` sets it, or whoever attaches the device.
@@ -97,8 +102,9 @@ class VirtioMem(VirtioDevice):
     def config(self) -> bytearray:
         """C keeps it, so that the driver finds what its last request changed."""
         data = bytearray(lib.VMM_VIRTIO_MEM_CONFIG)
-        if self._native != ffi.NULL:
-            lib.vmm_virtio_mem_config(self._native, ffi.from_buffer(data))
+        if self._lent.native != ffi.NULL:
+            with self._lent as native:
+                lib.vmm_virtio_mem_config(native, ffi.from_buffer(data))
         return data
 
     @config.setter
@@ -117,29 +123,30 @@ class VirtioMem(VirtioDevice):
         config = ffi.new("struct vmm_virtio_mem_config *")
         config.mem = memory.table
         config.addr, config.size, config.block = self.region.gpa, self.size, self.block
-        config.requested = self._first_request
+        config.requested = self._request_at_start
         # A huge page that is not there when it is touched would end the guest.
         config.populate = self._populate or memory.backing == "hugetlb"
         config.queue_size = QUEUE_SIZE
-        self._native = lib.vmm_virtio_mem_create(loop, config)
-        if self._native == ffi.NULL:
+        self._lent.native = lib.vmm_virtio_mem_create(loop, config)
+        if self._lent.native == ffi.NULL:
             raise HostError(f"{self.name}: {os.strerror(ffi.errno)}", errno=ffi.errno)
 
     def start_queue(self, index: int, config: Any) -> int:
-        return int(lib.vmm_virtio_mem_start(self._native, config))
+        return int(lib.vmm_virtio_mem_start(self._lent.native, config))
 
     def stop_queues(self) -> None:
-        lib.vmm_virtio_mem_stop(self._native)
+        lib.vmm_virtio_mem_stop(self._lent.native)
 
     def reset(self) -> None:
         super().reset()
-        if self._native != ffi.NULL:
-            lib.vmm_virtio_mem_reset(self._native)
+        if self._lent.native != ffi.NULL:
+            lib.vmm_virtio_mem_reset(self._lent.native)
 
     def close(self) -> None:
         super().close()
-        lib.vmm_virtio_mem_destroy(self._native)
-        self._native = ffi.NULL
+        native = self._lent.take_back()
+        self._lent.wait()
+        lib.vmm_virtio_mem_destroy(native)
 
     # ---- for whoever runs the machine; any thread ------------------------------------------------
 
@@ -151,16 +158,14 @@ class VirtioMem(VirtioDevice):
     @property
     def plugged(self) -> int:
         """How much it has."""
-        return int(lib.vmm_virtio_mem_plugged(self._native)) if self._native != ffi.NULL else 0
+        return int.from_bytes(self.config[40:48], "little")
 
     def set_requested(self, size: int) -> None:
         """Ask the guest to have ``size`` bytes plugged; it follows when and as far as it can (see
         ``plugged``). Raises ConfigError when that is not whole blocks, or more than there are."""
         self._check(size)
-        if self._native == ffi.NULL:
-            self._first_request = size
-        else:
-            lib.vmm_virtio_mem_request(self._native, size)
+        with self._lent as native:
+            lib.vmm_virtio_mem_request(native, size)
 
     def _check(self, requested: int) -> None:
         if not 0 <= requested <= self.size or requested % self.block:
