@@ -43,13 +43,15 @@ static int restrict_to(int fd, const int *files, uint32_t nr_files, const uint8_
 	uint32_t nr = 0;
 	int rc;
 
-	if (nr_ops > 14)
+	if (nr_ops > 13)
 		return -EINVAL;
 	memset(r, 0, sizeof(r));
 	for (; nr < nr_ops; nr++) {
 		r[nr].opcode = IORING_RESTRICTION_SQE_OP;
 		r[nr].sqe_op = ops[nr];
 	}
+	r[nr].opcode = IORING_RESTRICTION_REGISTER_OP;
+	r[nr++].register_op = IORING_UNREGISTER_FILES;
 	r[nr].opcode = IORING_RESTRICTION_SQE_FLAGS_REQUIRED;
 	r[nr++].sqe_flags = IOSQE_FIXED_FILE;
 	rc = call_register(fd, IORING_REGISTER_FILES, files, nr_files);
@@ -116,6 +118,8 @@ void vmm_uring_fini(struct vmm_uring *u)
 {
 	if (u->fd < 0)
 		return;
+	/* The ring itself goes some time after it was closed; the files shall be free now. */
+	call_register(u->fd, IORING_UNREGISTER_FILES, NULL, 0);
 	if (u->sqes)
 		munmap(u->sqes, u->sqes_len);
 	if (u->rings)
