@@ -305,6 +305,12 @@ class QtestRig:
     def settle(self) -> None:
         self.qtest.clock_step()
 
+    def __enter__(self) -> QtestRig:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
     def close(self) -> int:
         self.memory.close()
         return self.qtest.close()
