@@ -103,7 +103,7 @@ struct vmm_ports *vmm_ports_create(struct vmm_loop *loop, uint32_t nr, uint16_t 
 
 struct order {
 	struct vmm_ports *p;
-	uint32_t port;
+	uint32_t port, queue;
 	const char *name;
 	int console, fd, out_only, listen_fd;
 	uint16_t columns, rows;
@@ -197,20 +197,55 @@ void vmm_ports_state(struct vmm_ports *p, uint32_t port, struct vmm_port_state *
 	carry_out(&o, state);
 }
 
+/* The service of a queue; *port, too, if it is a port's. */
+static struct vmm_service *service_of(struct vmm_ports *p, uint32_t queue, struct port **port)
+{
+	const bool transmits = queue & 1;
+
+	if (queue == 2 || queue == 3) {
+		*port = NULL;
+		return transmits ? &p->control_tx : &p->control_rx;
+	}
+	*port = &p->port[queue < 2 ? 0 : queue / 2 - 1];
+	return transmits ? &(*port)->tx : &(*port)->rx;
+}
+
+static void stop_one(struct vmm_ports *p, uint32_t queue)
+{
+	struct port *port;
+
+	vmm_service_stop(service_of(p, queue, &port));
+	if (port && queue & 1)
+		port->sending = false;
+	else if (port)
+		port->holding = false;
+}
+
+static void stop_queue(void *arg)
+{
+	struct order *o = arg;
+
+	stop_one(o->p, o->queue);
+}
+
+void vmm_ports_stop_queue(struct vmm_ports *p, uint32_t queue)
+{
+	struct order o = { .p = p, .queue = queue };
+
+	if (queue < 2 * p->nr + 2)
+		carry_out(&o, stop_queue);
+}
+
 static void stop(void *arg)
 {
 	struct vmm_ports *p = arg;
 
-	vmm_service_stop(&p->control_rx);
-	vmm_service_stop(&p->control_tx);
+	for (uint32_t queue = 0; queue < 2 * p->nr + 2; queue++)
+		stop_one(p, queue);
 	for (uint32_t i = 0; i < p->nr; i++) {
-		struct port *port = &p->port[i];
-
-		vmm_service_stop(&port->rx);
-		vmm_service_stop(&port->tx);
-		port->sending = port->holding = port->ready = false;
-		port->state.guest_open = 0;
-		port->owed = 0;
+		p->port[i].ready = false;
+		p->port[i].state.guest_open = 0;
+		p->port[i].owed = 0;
 	}
 }
 
@@ -247,20 +282,13 @@ void vmm_ports_destroy(struct vmm_ports *p)
 static void start(void *arg)
 {
 	struct order *o = arg;
-	struct vmm_ports *p = o->p;
-	const uint32_t queue = o->config->index;
-	const bool transmits = queue & 1;
-	struct vmm_service *s = transmits ? &p->control_tx : &p->control_rx;
+	const bool multiport = o->config->vq.features >> VIRTIO_CONSOLE_F_MULTIPORT & 1;
+	struct port *port;
+	struct vmm_service *s = service_of(o->p, o->config->index, &port);
 
-	p->multiport = o->config->vq.features >> VIRTIO_CONSOLE_F_MULTIPORT & 1;
-	if (queue < 2 || queue >= 4) {
-		struct port *port = &p->port[queue < 2 ? 0 : queue / 2 - 1];
-
-		s = transmits ? &port->tx : &port->rx;
-		/* A driver without control queues has the one port open all the time. */
-		if (!p->multiport && queue < 2)
-			port->state.guest_open = 1;
-	}
+	/* A driver without control queues has the one port open all the time. */
+	if (port && !multiport && !port->id)
+		port->state.guest_open = 1;
 	o->rc = vmm_service_start(s, o->config);
 }
 

@@ -34,6 +34,8 @@ void vmm_ports_resize(struct vmm_ports *p, uint32_t port, uint16_t columns, uint
 /* Queues 0 and 1 are port 0's to receive and to transmit, 2 and 3 control, 4 and 5 port 1's ... */
 int vmm_ports_start(struct vmm_ports *p, const struct vmm_service_config *config);
 void vmm_ports_stop(struct vmm_ports *p);
+/* The others go on. */
+void vmm_ports_stop_queue(struct vmm_ports *p, uint32_t queue);
 void vmm_ports_state(struct vmm_ports *p, uint32_t port, struct vmm_port_state *out);
 
 /* cdef: end */

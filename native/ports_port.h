@@ -42,7 +42,6 @@ struct vmm_ports {
 	struct vmm_source source; /* the epoll descriptor of its own, in the loop's */
 	struct vmm_loop *loop;
 	uint16_t queue_size;
-	bool multiport;
 	struct iovec *control_iov;
 	uint32_t nr;
 	struct port port[];

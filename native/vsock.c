@@ -209,6 +209,34 @@ void vmm_vsock_stop(struct vmm_vsock *v)
 	vmm_loop_call(v->loop, stop, v);
 }
 
+struct stop_queue {
+	struct vmm_vsock *v;
+	uint32_t index;
+};
+
+static void stop_queue(void *arg)
+{
+	const struct stop_queue *s = arg;
+	struct vmm_vsock *v = s->v;
+
+	if (s->index == RX) {
+		vmm_service_stop(&v->rx);
+		v->nr_held = v->held_at = 0;
+	} else if (s->index == TX) {
+		vmm_service_stop(&v->tx);
+		v->tx_held = false;
+	} else {
+		vmm_service_stop(&v->event);
+	}
+}
+
+void vmm_vsock_stop_queue(struct vmm_vsock *v, uint32_t index)
+{
+	struct stop_queue s = { v, index };
+
+	vmm_loop_call(v->loop, stop_queue, &s);
+}
+
 struct adopt {
 	struct vmm_vsock *v;
 	int fd;

@@ -34,6 +34,8 @@ void vmm_vsock_destroy(struct vmm_vsock *v);
 int vmm_vsock_start(struct vmm_vsock *v, const struct vmm_service_config *config);
 /* Connections end; what the guest sent before it closed one still goes out. */
 void vmm_vsock_stop(struct vmm_vsock *v);
+/* Connections stay, and wait for the queue. */
+void vmm_vsock_stop_queue(struct vmm_vsock *v, uint32_t index);
 /* A connected socket is served as if it had come to the listening one; fd is taken. */
 int vmm_vsock_adopt(struct vmm_vsock *v, int fd);
 /* Ends every connection, and has the driver read its CID again: the machine is another one now. */

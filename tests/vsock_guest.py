@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from tests.virtio_mock import WRITE, Queue
 from tests.virtio_rig import Rig
+from vmm.devices.virtio.device import Placement
 from vmm.devices.virtio.vsock import Vsock
 
 RX, TX, EVENT = 0, 1, 2
@@ -41,6 +42,7 @@ class Guest:
 
     def __init__(self, vsock: Vsock, transport: str = "mmio") -> None:
         self.vsock = vsock
+        vsock.placement = Placement("shared")  # so that the rig knows when it is done
         self.rig = Rig(vsock, transport)
         self._sockets: list[socket.socket] = []
 

@@ -16,6 +16,7 @@ from tests.virtio_rig import TRANSPORTS, Rig
 from vmm._native import lib
 from vmm.board import Board
 from vmm.config import MachineConfig
+from vmm.devices.virtio.device import Placement
 from vmm.devices.virtio.port import Port, Ports
 from vmm.errors import ConfigError, HostError
 from vmm.irq import IrqChip
@@ -36,6 +37,7 @@ class PortRig(Rig):
 
     def __init__(self, transport: str, *ports: Port) -> None:
         self.ports = Ports()
+        self.ports.placement = Placement("shared")  # so that the rig knows when it is done
         for port in ports:
             self.ports.add(port)
             port._device = self.ports

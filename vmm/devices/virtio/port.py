@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmm.board import Board
+    from vmm.devices.virtio.device import IoThread
     from vmm.memory import GuestMemory
     from vmm.options import Options
 
@@ -176,10 +177,12 @@ class Ports(VirtioDevice):
     """The device that ports are on. ``add`` before it is attached."""
 
     DEVICE_ID = 3
+    IN_ORDER = True
     KERNEL_CONFIG = "CONFIG_VIRTIO_CONSOLE"
 
     def __init__(self, name: str = "ports0") -> None:
         self.ports: list[Port] = []
+        self._threads: list[IoThread] = []
         super().__init__(name)
         self._native = ffi.NULL
         self._grow()  # the control queues
@@ -207,6 +210,9 @@ class Ports(VirtioDevice):
 
     def attach(self, memory: GuestMemory, loop: Any) -> None:
         super().attach(memory, loop)
+        # Its own if there may be one: to write to a file can take long.
+        self._threads = self.placement.threads(self.name, 1)
+        loop = self._threads[0].native if self._threads else loop
         self._native = lib.vmm_ports_create(loop, len(self.ports), _DEPTH)
         if self._native == ffi.NULL:
             raise HostError(
@@ -229,6 +235,9 @@ class Ports(VirtioDevice):
 
     def stop_queues(self) -> None:
         lib.vmm_ports_stop(self._native)
+
+    def stop_queue(self, index: int) -> None:
+        lib.vmm_ports_stop_queue(self._native, index)
 
     def adopt(self, port: Port, fd: int) -> None:
         """``fd`` is taken. Raises HostError."""
@@ -256,6 +265,9 @@ class Ports(VirtioDevice):
         super().close()
         lib.vmm_ports_destroy(self._native)
         self._native = ffi.NULL
+        for thread in self._threads:
+            thread.close()
+        self._threads = []
         for port in self.ports:
             port.close()
 

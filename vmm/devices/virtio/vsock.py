@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmm.board import Board
-    from vmm.devices.virtio.transport import QueueConfig, QueueIrqs
+    from vmm.devices.virtio.device import IoThread
     from vmm.memory import GuestMemory
     from vmm.options import Options
 
@@ -49,6 +49,7 @@ class Vsock(VirtioDevice):
 
     DEVICE_ID = 19
     QUEUE_SIZES = (256, 256, 16)
+    IN_ORDER = True
     KERNEL_CONFIG = "CONFIG_VIRTIO_VSOCKETS"
 
     HELP = (
@@ -77,7 +78,7 @@ class Vsock(VirtioDevice):
         self.path = path
         self._native = ffi.NULL
         self._listener: Listener | None = None
-        self._irqs: QueueIrqs | None = None
+        self._threads: list[IoThread] = []
         self._set_cid(cid)
         if path is not None:
             try:
@@ -92,6 +93,9 @@ class Vsock(VirtioDevice):
 
     def attach(self, memory: GuestMemory, loop: Any) -> None:
         super().attach(memory, loop)
+        # Its own if there may be one: to find a socket's path can take long on some file systems.
+        self._threads = self.placement.threads(self.name, 1)
+        loop = self._threads[0].native if self._threads else loop
         fd = -1 if self._listener is None else self._listener.fileno()
         path = os.fsencode(self.path or "")
         self._native = lib.vmm_vsock_create(loop, self.cid, fd, path, max(self.QUEUE_SIZES))
@@ -100,16 +104,14 @@ class Vsock(VirtioDevice):
                 f"{self.name} could not be set up: {os.strerror(ffi.errno)}.", errno=ffi.errno
             )
 
-    def activate(self, features: int, queues: list[QueueConfig | None], irqs: QueueIrqs) -> None:
-        self._irqs = irqs
-        super().activate(features, queues, irqs)
-
     def start_queue(self, index: int, config: Any) -> int:
         return int(lib.vmm_vsock_start(self._native, config))
 
     def stop_queues(self) -> None:
-        self._irqs = None
         lib.vmm_vsock_stop(self._native)
+
+    def stop_queue(self, index: int) -> None:
+        lib.vmm_vsock_stop_queue(self._native, index)
 
     def connect(self, port: int, timeout: float | None = None) -> socket.socket:
         """A stream socket connected to ``port`` of the guest; blocks until the guest accepts,
@@ -156,8 +158,9 @@ class Vsock(VirtioDevice):
         """Every connection ends, and the guest reads its address, now ``cid``, again: after a
         restore it is another machine. virtio-v1.3 §5.10.6.7. Not while a vCPU runs."""
         self._set_cid(cid)
-        if self._irqs is not None:
-            self._irqs.config_changed()
+        irqs = self._irqs
+        if irqs is not None:
+            irqs.config_changed()
         if self._native != ffi.NULL:
             lib.vmm_vsock_transport_reset(self._native, cid)
 
@@ -175,6 +178,9 @@ class Vsock(VirtioDevice):
         super().close()
         lib.vmm_vsock_destroy(self._native)
         self._native = ffi.NULL
+        for thread in self._threads:
+            thread.close()
+        self._threads = []
         if self._listener is not None:
             self._listener.close()
             self._listener = None
