@@ -147,10 +147,10 @@ class Board:
         self.brought.append((gpa, size))
         return gpa
 
-    def add_memory(self, size: int, *, fd: int = -1, offset: int = 0) -> RamRange:
+    def add_memory(self, size: int) -> RamRange:
         """Memory for a device to manage, before the guest runs; see ``memory_window`` and
         ``GuestMemory.add``. Raises ConfigError when there is no room, HostError."""
-        added = self.memory.add(self.memory_window(size), size, fd=fd, offset=offset)
+        added = self.memory.add(self.memory_window(size), size)
         if self.vm is not None:
             self.vm.add_memory([added])
         return added

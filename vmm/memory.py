@@ -70,21 +70,20 @@ class GuestMemory:
             self.close()
             raise
 
-    def add(self, gpa: int, size: int, *, fd: int = -1, offset: int = 0) -> RamRange:
-        """Memory that a device manages, before the guest runs: from a file that others may read
-        and write too (lent, never given back to the host), or of the same kind as the rest of RAM.
-        Reserves address space only. Raises HostError."""
-        lend = fd < 0
-        if fd < 0 and self.backing != "anon":
+    def add(self, gpa: int, size: int) -> RamRange:
+        """Memory of the same kind as the rest, for a device to manage, before the guest runs. It is
+        address space until it is touched. Raises HostError."""
+        fd = -1
+        if self.backing != "anon":
             fd = _memfd(size, hugetlb=self.backing == "hugetlb")
             self._files.append(fd)
-        added = self._map(gpa, size, fd, offset, lend=lend)
+        added = self._map(gpa, size, fd, 0)
         self.added.append(added)
         for advice in self._advice:
             lib.vmm_madvise(ffi.cast("void *", added.hva), size, advice)
         return added
 
-    def _map(self, gpa: int, size: int, fd: int, offset: int, *, lend: bool = True) -> RamRange:
+    def _map(self, gpa: int, size: int, fd: int, offset: int) -> RamRange:
         ptr = lib.vmm_ram_map(fd, offset, size)
         if ptr == ffi.NULL:
             raise _no_memory(size, ffi.errno)
@@ -93,9 +92,8 @@ class GuestMemory:
         if rc:
             lib.vmm_ram_unmap(ptr, size)
             raise ValueError(f"RAM range {gpa:#x}+{size:#x}: {os.strerror(-rc)}")
-        if lend:
-            advice = lib.MADV_DONTNEED if fd < 0 else lib.MADV_REMOVE
-            lib.vmm_mem_lend(self.table, gpa, self.page, advice)
+        advice = lib.MADV_DONTNEED if fd < 0 else lib.MADV_REMOVE
+        lib.vmm_mem_lend(self.table, gpa, self.page, advice)
         return RamRange(gpa, size, hva, fd, offset)
 
     def close(self) -> None:

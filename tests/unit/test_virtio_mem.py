@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from vmm.board import Board
 from vmm.config import MachineConfig
 from vmm.devices.virtio.device import F_RING_PACKED
 from vmm.devices.virtio.virtio_mem import F_UNPLUGGED_INACCESSIBLE, VirtioMem
-from vmm.errors import ConfigError, HostError, MemoryFault, VmmError
+from vmm.errors import ConfigError, HostError, VmmError
 from vmm.irq import IrqChip
 from vmm.memory import GuestMemory
 
@@ -327,14 +328,19 @@ def test_memory_of_devices_is_found_a_place(board: Board) -> None:
         board.add_memory(1 << 29)
 
 
-def test_memory_from_a_file_is_never_given_back(board: Board, tmp_path: Any) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"from the file".ljust(MIB))
-    with path.open("r+b") as f:
-        added = board.add_memory(MIB, fd=f.fileno())
-    assert board.memory.read(added.gpa, 13) == b"from the file"
-    board.memory.write(added.gpa, b"to")
-    assert lib.vmm_mem_discard(board.memory.table, added.gpa, MIB) == 0
-    assert path.read_bytes()[:13] == b"toom the file"
-    with pytest.raises(MemoryFault):
-        board.memory.read(added.gpa + MIB, 1)
+def test_memory_that_is_not_lent_is_never_given_back() -> None:
+    memory = GuestMemory([(0, MIB)])
+    ptr = lib.vmm_ram_map(-1, 0, MIB)
+    assert lib.vmm_mem_add(memory.table, BASE, MIB, ptr) == 0
+    memory.write(BASE, b"somebody's own")
+    assert lib.vmm_mem_discard(memory.table, BASE, MIB) == 0
+    assert memory.read(BASE, 14) == b"somebody's own"
+    assert lib.vmm_mem_lend(memory.table, BASE, 3, lib.MADV_DONTNEED) == -errno.EINVAL
+    assert lib.vmm_mem_lend(memory.table, BASE + 1, 4096, lib.MADV_DONTNEED) == -errno.ENOENT
+    assert lib.vmm_mem_lend(memory.table, BASE, 4096, lib.MADV_DONTNEED) == 0
+    assert lib.vmm_mem_discard(memory.table, BASE + 1, MIB) == -errno.EFAULT
+    assert lib.vmm_mem_discard(memory.table, BASE + 1, 4096) == 0
+    assert lib.vmm_mem_discard(memory.table, BASE + 1, 8191) == 4096
+    assert memory.read(BASE, 14) == b"somebody's own"
+    memory.close()
+    lib.vmm_ram_unmap(ptr, MIB)
