@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 /* Of the files registered with the ring. */
@@ -161,6 +162,25 @@ static int read_cached(struct vmm_blk_io *io, struct vmm_blk_request *r)
 	return rc == -EAGAIN || rc == -EOPNOTSUPP ? hand_over(io, r) : rc;
 }
 
+/* ---- a file that became shorter ---- */
+
+/* A write past its end would make it longer again, and what had been between would read as zeros
+ * that nobody wrote. Once for a batch. */
+static bool past_end(struct vmm_blk_io *io, const struct vmm_blk_request *r)
+{
+	struct stat st;
+
+	if (!io->looked && !io->file->config.device) {
+		const uint64_t size = __atomic_load_n(&io->file->size, __ATOMIC_RELAXED);
+		const bool shorter = !fstat(io->file->config.fd, &st) &&
+				     (uint64_t)st.st_size < size;
+
+		io->end = shorter ? (uint64_t)st.st_size : UINT64_MAX;
+		io->looked = true;
+	}
+	return !io->file->config.device && r->offset + (r->len - r->done) > io->end;
+}
+
 /* ---- io_uring ---- */
 
 static int queue(struct vmm_blk_io *io, struct vmm_blk_request *r, int file)
@@ -194,6 +214,8 @@ int vmm_blk_io_begin(struct vmm_blk_io *io, struct vmm_blk_request *r)
 
 	if (moves && r->done == r->len)
 		return 0;
+	if (r->op == VMM_BLK_WRITE && past_end(io, r))
+		return -EIO;
 	if (r->op == VMM_BLK_WRITE && file == BUFFERED && !r->durable)
 		return run(io, r);
 	if (!io->async && r->op == VMM_BLK_READ && file == BUFFERED)
@@ -207,6 +229,7 @@ int vmm_blk_io_begin(struct vmm_blk_io *io, struct vmm_blk_request *r)
 
 int vmm_blk_io_submit(struct vmm_blk_io *io)
 {
+	io->looked = false;
 	return io->async ? vmm_uring_submit(&io->ring, 0) : 0;
 }
 

@@ -75,6 +75,8 @@ struct vmm_blk_io {
 	bool async; /* io_uring */
 	struct vmm_uring ring;
 	uint32_t in_ring, in_pool; /* pending requests */
+	bool looked;		   /* `end` is what it was a moment ago */
+	uint64_t end;		   /* of a file that someone made shorter, or UINT64_MAX */
 	bool cancel;		   /* atomic: whoever takes long may give up */
 	int event;		   /* an eventfd: `finished` is no longer empty */
 	pthread_mutex_t lock;
@@ -87,7 +89,7 @@ void vmm_blk_io_fini(struct vmm_blk_io *io);
 /* VMM_BLK_PENDING, or how it ended: 0 or -errno. r->done counts the bytes moved; what an earlier
  * try moved is not moved again. */
 int vmm_blk_io_begin(struct vmm_blk_io *io, struct vmm_blk_request *r);
-/* Hands pending requests to the kernel; 0 or -errno. */
+/* Hands pending requests to the kernel, and ends a batch; 0 or -errno. */
 int vmm_blk_io_submit(struct vmm_blk_io *io);
 /* The next pending request that ended, or NULL; *rc is 0 or -errno. */
 struct vmm_blk_request *vmm_blk_io_next(struct vmm_blk_io *io, int *rc);

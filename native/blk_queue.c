@@ -196,8 +196,6 @@ static void flush(struct vmm_service *s)
 {
 	struct vmm_blk_queue *q = (struct vmm_blk_queue *)s;
 
-	if (!q->io.in_ring)
-		return;
 	do {
 		if (vmm_blk_io_submit(&q->io)) {
 			vmm_vq_refuse(s->vq); /* the host's fault, but no less the end */
