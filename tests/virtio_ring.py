@@ -142,7 +142,7 @@ class DriverRing:
 
     def used_entries(self) -> list[tuple[int, int]]:
         """(head, written) of all that was used since the last call."""
-        done = []
+        done: list[tuple[int, int]] = []
         now = self.memory.read_int(self.used + 2, 2)
         while self.used_idx != now:
             at = self.used + 4 + 8 * (self.used_idx % self.size)
@@ -284,7 +284,7 @@ class PackedRing(DriverRing):
         return event >> 16 == 0
 
     def used_entries(self) -> list[tuple[int, int]]:
-        done = []
+        done: list[tuple[int, int]] = []
         while True:
             length, ident, flags = struct.unpack(
                 "<IHH", self.memory.read(self.place_of(self.used_pos) + 8, 8)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tests that drive the C core, under AddressSanitizer and UndefinedBehaviorSanitizer.
-# Built in a copy below build/, so that the ordinary build stays as it is.
+# `tools/asan.sh -m MODULE...` runs that instead. Built in a copy below build/, so that the ordinary build stays as it is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath -s "${PYTHON_BIN:-.venv/bin/python}")
@@ -21,5 +21,8 @@ echo 'raise ImportError("not under sanitizers")' >capstone.py
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:halt_on_error=1:allocator_may_return_null=1
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+if [ "${1:-}" = -m ]; then # a program instead of tests: -m tests.fuzz --cases 1000000
+  exec "$python" "$@"
+fi
 exec "$python" -m pytest -q -p no:cacheprovider --timeout=600 \
   --ignore=tests/unit/test_diagnose.py --ignore=tests/payload/test_cli_run.py "${tests[@]}"

@@ -1,0 +1,103 @@
+"""Fuzzes virtio devices: ``python -m tests.fuzz --cases 1000000 --device rng``.
+
+Under the sanitizers: ``tools/asan.sh -m tests.fuzz --cases ...``. A finding is printed with the
+command that shows it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from random import Random
+
+from tests.fuzz.executor import InProcess
+from tests.fuzz.session import Finding, Session
+from tests.fuzz.targets import Target, targets
+
+#: What a device may come to need while it is fuzzed; a leak of one page a session is more.
+MEMORY_MIB = 48
+
+
+def resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
+def fds() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def fuzz(
+    name: str, target: Target, transport: str, cases: int, seed: str, start: int, seconds: float
+) -> int:
+    """How many cases were run. Raises Finding."""
+    done = nr = 0
+    before = fds()
+    with tempfile.TemporaryDirectory() as scratch:
+        executor = InProcess(target.make(Path(scratch)), transport)
+        began, used = time.monotonic(), resident_mib()
+        log: list[str] = []
+        try:
+            while done < cases and time.monotonic() - began < seconds:
+                session = Session(executor, target, Random(f"{seed}/{name}/{start + nr}"))
+                log = session.log
+                done += session.run()
+                nr += 1
+        except BaseException as e:
+            print(f"finding: {type(e).__name__}: {e}\n  " + "\n  ".join(log))
+            again = f"--device {name} --transport {transport} --seed {seed}"
+            print(f"again: python -m tests.fuzz {again} --start {start + nr} --cases 1")
+            raise
+        finally:
+            executor.close()
+        took = time.monotonic() - began
+        grown = resident_mib() - used
+        rate = done / took if took else 0.0
+        print(
+            f"{name:12} {transport:5} {done:8} cases {nr:7} sessions {rate:8.0f} cases/s "
+            f"{grown:+6.1f} MiB seed {seed}",
+            flush=True,
+        )
+        if grown > MEMORY_MIB:
+            raise Finding(f"{name}: {grown:.0f} MiB more than at the start")
+    if fds() > before:
+        raise Finding(f"{name}: {fds() - before} file descriptors were left open")
+    return done
+
+
+def main() -> int:
+    known = targets()
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("--cases", type=int, default=10_000, help="of each device and transport")
+    parser.add_argument("--device", action="append", choices=sorted(known), help="default: all")
+    parser.add_argument("--transport", action="append", choices=("mmio", "pci"))
+    parser.add_argument("--seed", default=None)
+    parser.add_argument("--start", type=int, default=0, help="the first session's number")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="at most, each")
+    options = parser.parse_args()
+    seed = options.seed or os.urandom(4).hex()
+    print(f"seed {seed}", flush=True)
+    failed = 0
+    for name in options.device or sorted(known):
+        for transport in options.transport or ("mmio", "pci"):
+            try:
+                fuzz(
+                    name,
+                    known[name],
+                    transport,
+                    options.cases,
+                    seed,
+                    options.start,
+                    options.seconds,
+                )
+            except Finding:
+                failed += 1
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

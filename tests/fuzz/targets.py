@@ -1,0 +1,224 @@
+"""What is fuzzed: each virtio device, and what a valid request to each of its queues looks like.
+
+A device of vmm/devices/virtio that is not here is fuzzed too, with requests of no meaning; one
+that cannot be made without arguments must be put here, or a test fails.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from vmm import catalog
+from vmm.chario import Input, Stream
+from vmm.devices.virtio.blk import Blk
+from vmm.devices.virtio.console import Console
+from vmm.devices.virtio.device import Placement, VirtioDevice
+from vmm.devices.virtio.net import Net
+from vmm.devices.virtio.net_backend import Backend
+from vmm.devices.virtio.pmem import ALIGN, Pmem
+from vmm.devices.virtio.rng import Rng
+from vmm.devices.virtio.virtio_mem import VirtioMem
+from vmm.memory import GuestMemory
+
+#: What the driver sends, and how many bytes of room it gives.
+Request = tuple[bytes, int]
+
+SECTORS = 64
+RAM_PAGES = 256
+
+
+def no_meaning(r: Random) -> Request:
+    sent = r.randbytes(r.choice((0, 1, 4, 16, 44, 64, 300)))
+    return sent, r.choice((1, 8, 64, 512)) if not sent or r.getrandbits(1) else 0
+
+
+def room(r: Random) -> Request:
+    return b"", r.choice((1, 16, 64, 500, 1526))
+
+
+def text(r: Random) -> Request:
+    return r.randbytes(r.choice((1, 16, 64, 1000))), 0
+
+
+def blk(r: Random) -> Request:
+    kind = r.choice((0, 0, 0, 1, 1, 1, 4, 8, 11, 13, r.getrandbits(8), r.getrandbits(32)))
+    sector = r.choice((0, 3, SECTORS - 1, SECTORS, r.getrandbits(64), r.randrange(SECTORS)))
+    size = r.choice((512, 512, 1024, 2048, 512 * r.randrange(8), r.randrange(1100)))
+    header = struct.pack("<IIQ", kind, 0, sector)
+    if kind == 1:
+        return header + r.randbytes(size), 1
+    if kind in (11, 13):
+        ranges = [(r.randrange(SECTORS + 2), r.randrange(9), r.randrange(2)) for _ in range(2)]
+        return header + b"".join(struct.pack("<QII", *part) for part in ranges), 1
+    return header, 1 if kind == 4 else size + 1
+
+
+def net_tx(r: Random) -> Request:
+    header = struct.pack(
+        "<BBHHHHH",
+        r.choice((0, 0, 1, 2, 3, 255)),
+        r.choice((0, 0, 1, 4, 3, 5, 0x81)),
+        *(r.choice((0, 14, 54, 1400, 65535)) for _ in range(4)),
+        0,
+    )
+    return header + r.randbytes(r.choice((14, 60, 200, 1514, 0))), 0
+
+
+def net_ctrl(r: Random) -> Request:
+    body = r.choice((b"", b"\1", r.randbytes(2), r.randbytes(6), r.randbytes(40)))
+    return bytes((r.choice((0, 1, 2, 3, 4, 5, 9)), r.randrange(6))) + body, 1
+
+
+def vsock_tx(r: Random) -> Request:
+    size = r.choice((0, 0, 1, 64, 500))
+    said = r.choice((size, size, size, 0, 0xFFFFFFFF))
+    packet = struct.pack(
+        "<QQIIIHHIII",
+        r.choice((3, 3, 3, 2, r.getrandbits(64))),
+        r.choice((2, 2, 2, 3, r.getrandbits(64))),
+        r.randrange(1024, 1028),
+        r.randrange(1024, 1028),
+        said,
+        r.choice((1, 1, 1, 2, 0)),
+        r.choice((1, 1, 2, 3, 4, 5, 6, 7, 0, 9)),
+        r.choice((0, 1, 2, 3)),
+        r.choice((0, 4096, 0xFFFFFFFF)),
+        r.choice((0, 4096, 0xFFFFFFFF)),
+    )
+    return packet + r.randbytes(size), 0
+
+
+def balloon_pages(r: Random) -> Request:
+    first = RAM_PAGES // 2
+    pages = [r.choice((first + r.randrange(99), first, r.getrandbits(32))) for _ in range(9)]
+    return struct.pack("<9I", *pages), 0
+
+
+def balloon_stats(r: Random) -> Request:
+    return b"".join(struct.pack("<HQ", r.randrange(12), r.getrandbits(64)) for _ in range(5)), 0
+
+
+def mem_request(r: Random) -> Request:
+    addr = MEM_BASE + r.choice((0, 1, 2, 7, 8, 1 << 20)) * MEM_BLOCK
+    kind = r.choice((0, 1, 2, 3, 4, 0xFFFF))
+    return struct.pack("<H6xQH6x", kind, addr, r.choice((0, 1, 2, 8, 0xFFFF))), 10
+
+
+def pmem_request(r: Random) -> Request:
+    return struct.pack("<I", r.choice((0, 0, 0, 1, r.getrandbits(32)))), 4
+
+
+class Target:
+    """One device: how to make it, and for each of its queues what is asked there.
+
+    ``answers``: the queues whose chains all come back, without anything from outside;
+    ``discards``: requests may give guest pages back, which then read as zeros.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Path], VirtioDevice],
+        requests: tuple[Callable[[Random], Request], ...] = (),
+        *,
+        answers: tuple[int, ...] = (),
+        discards: bool = False,
+        after: Callable[[VirtioDevice], None] | None = None,
+    ) -> None:
+        self._make = make
+        self._requests = requests
+        self.answers = answers
+        self.discards = discards
+        self.after = after
+
+    def make(self, scratch: Path) -> VirtioDevice:
+        """Its I/O is the shared thread's, so that who waits for that one has waited for all."""
+        device = self._make(scratch)
+        device.placement = Placement("shared")
+        return device
+
+    def request(self, queue: int, r: Random) -> Request:
+        ask = self._requests[queue] if queue < len(self._requests) else no_meaning
+        return ask(r)
+
+
+def _disk(scratch: Path) -> VirtioDevice:
+    image = scratch / "disk"
+    image.write_bytes(os.urandom(512 * SECTORS))
+    return Blk(str(image), uring=False)
+
+
+def _disk_uring(scratch: Path) -> VirtioDevice:
+    image = scratch / "uring"
+    image.write_bytes(os.urandom(512 * SECTORS))
+    return Blk(str(image))
+
+
+class _Console(Console):
+    """Closes its streams too."""
+
+    def __init__(self) -> None:
+        self.streams = (Stream(65536), Input())
+        super().__init__(*self.streams)
+
+    def close(self) -> None:
+        super().close()
+        for stream in self.streams:
+            stream.close()
+
+
+MEM_BASE, MEM_BLOCK = 1 << 36, 2 << 20
+
+
+class _Mem(VirtioMem):
+    """Its memory is made when it is attached, as a rig has no board."""
+
+    def attach(self, memory: GuestMemory, loop: Any) -> None:
+        self.region = memory.add(MEM_BASE, self.size)
+        super().attach(memory, loop)
+
+
+def _pmem(scratch: Path) -> VirtioDevice:
+    image = scratch / "pmem"
+    image.write_bytes(bytes(ALIGN))
+    return Pmem(str(image))
+
+
+TARGETS = {
+    "blk": Target(_disk, (blk,), answers=(0,)),
+    "blk-uring": Target(_disk_uring, (blk,), answers=(0,)),
+    "console": Target(lambda _: _Console(), (room, text), answers=(1,)),
+    "net": Target(lambda _: Net(Backend()), (room, net_tx, net_ctrl), answers=(1, 2)),
+    "pmem": Target(_pmem, (pmem_request,), answers=(0,)),
+    "rng": Target(lambda _: Rng(), (room,), answers=(0,)),
+    "virtio-mem": Target(
+        lambda _: _Mem(8 * MEM_BLOCK, requested=4 * MEM_BLOCK),
+        (mem_request,),
+        answers=(0,),
+    ),
+}
+#: Those that need no arguments, by their modules' names.
+KNOWN = {
+    "balloon": ((balloon_pages, balloon_pages, balloon_stats, no_meaning, room), (0, 1), True),
+    "vsock": ((room, vsock_tx, room), (1,), False),
+}
+
+
+def _plain(cls: Any) -> Callable[[Path], VirtioDevice]:
+    return lambda _: cls()
+
+
+def targets() -> dict[str, Target]:
+    """Every virtio device there is."""
+    found = dict(TARGETS)
+    for name, cls in catalog.builtins().items():
+        if name in found or not issubclass(cls, VirtioDevice):
+            continue
+        assert not any(f.required for f in cls.OPTIONS), f"put {name} into TARGETS"
+        requests, answers, discards = KNOWN.get(name, ((), (), False))
+        found[name] = Target(_plain(cls), requests, answers=answers, discards=discards)
+    return dict(sorted(found.items()))
