@@ -66,7 +66,7 @@ class VirtioDevice(Device):
         self.packed = False
         self._memory: GuestMemory | None = None
         self._active = False
-        self._serving: QueueIrqs | None = None
+        self._irqs: QueueIrqs | None = None
         self._reports = [ffi.new("struct vmm_service_report *") for _ in self.QUEUE_SIZES]
         self._kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in self.QUEUE_SIZES]
 
@@ -131,31 +131,31 @@ class VirtioDevice(Device):
         self.features = features
         self.activations += 1
         self._active = True
-        self._serving = irqs
+        self._irqs = irqs
         for index, queue in enumerate(queues):
             if queue is not None:
                 self.restart_queue(index, queue)
 
     def restart_queue(self, index: int, queue: QueueConfig) -> None:
         """Begin to serve one queue: at activation, or after ``stop_queue``."""
-        assert self._memory is not None and self._serving is not None
+        assert self._memory is not None and self._irqs is not None
         config = ffi.new("struct vmm_service_config *")
         vq = config.vq
         vq.desc, vq.avail, vq.used = queue.desc, queue.driver, queue.device
         vq.size, vq.features = queue.size, self.features
         config.mem = self._memory.table
-        config.virtio = self._serving.native
+        config.virtio = self._irqs.native
         config.index = index
         config.kick_fd = self._kicks[index]
         config.report = self._reports[index]
         if self.start_queue(index, config):
-            self._serving.fail()
+            self._irqs.fail()
 
     def deactivate(self) -> None:
         if self._active:
             self.stop_queues()
         self._active = False
-        self._serving = None
+        self._irqs = None
         self.features = 0
 
     def write_config(self, offset: int, size: int, value: int) -> None:
