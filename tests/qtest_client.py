@@ -71,6 +71,7 @@ class Qtest:
         qmp: bool = False,
         log: str = "none",
         env: dict[str, str] | None = None,
+        pass_fds: tuple[int, ...] = (),
     ) -> None:
         self._home = tempfile.TemporaryDirectory(prefix="qtest")
         self.levels: dict[int, int] = {}
@@ -87,7 +88,11 @@ class Qtest:
             listener.bind(f"{self._home.name}/{name}")
             listener.listen(1)
         self.process = subprocess.Popen(
-            argv, cwd=ROOT, env={**os.environ, **(env or {})}, stderr=subprocess.PIPE
+            argv,
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            stderr=subprocess.PIPE,
+            pass_fds=pass_fds,
         )
         try:
             self._lines = [self._accept(listener) for listener in listeners]

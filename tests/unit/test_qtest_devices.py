@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -311,3 +312,72 @@ def test_the_catalogue_by_qemus_names(args: tuple[str, ...], ident: int) -> None
             assert rig.regs.config(0, 4) == 7
     finally:
         assert rig.close() == 0
+
+
+def test_a_network_card_on_a_socket(boot: Boot) -> None:
+    """Frames with their lengths in front, as QEMU's tests pass them."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(30)
+        rig = boot(
+            *("-netdev", f"socket,id=n0,fd={theirs.fileno()}"),
+            *("-device", "virtio-net-{bus},netdev=n0,mac=52:54:00:00:00:07"),
+            pass_fds=(theirs.fileno(),),
+        )
+        assert rig.regs.device_id() == 1
+        rig.driver.start(2)
+        assert rig.regs.config(0, 4).to_bytes(4, "little") == bytes.fromhex("52540000")
+        receive, send = rig.driver.queues[0], rig.driver.queues[1]
+        frame = bytes(range(60))
+        send.request([bytes(12) + frame], [])
+        assert ours.recv(100) == struct.pack(">I", 60) + frame
+        receive.add([], [2048])
+        receive.kick()
+        ours.sendall(struct.pack(">I", 60) + frame)
+        length, data = receive.wait()[1:]
+        assert (length, data[12:]) == (72, frame)
+
+
+def test_ports(boot: Boot, tmp_path: Path) -> None:
+    rig = boot(
+        *("-chardev", f"file,id=c0,path={tmp_path}/out", "-chardev", "null,id=c1"),
+        *("-device", "virtio-serial-{bus}", "-device", "virtserialport,chardev=c0,name=org.a"),
+        *("-device", "virtserialport,chardev=c1,name=org.b"),
+    )
+    rig.driver.start()
+    assert rig.regs.config(4, 4) == 2
+    control, answers = rig.driver.queues[3], rig.driver.queues[2]
+    for _ in range(8):
+        answers.add([], [64])
+    answers.kick()
+    control.request([struct.pack("<IHH", 0, 0, 1)], [])  # DEVICE_READY
+    for port in (0, 1):
+        control.request([struct.pack("<IHH", port, 3, 1)], [])  # PORT_READY
+    rig.settle()
+    said = [answers.wait()[2] for _ in range(answers.used_idx)]
+    names = [message for message in said if message[4:6] == b"\x07\x00"]
+    assert names == [struct.pack("<IHH", nr, 7, 1) + b"org." + b"ab"[nr:][:1] for nr in (0, 1)]
+    control.request([struct.pack("<IHH", 0, 6, 1)], [])  # PORT_OPEN
+    rig.driver.queues[1].request([b"to the file"], [])
+    rig.settle()
+    assert (tmp_path / "out").read_bytes() == b"to the file"
+
+
+def test_packed_queues_are_offered_when_asked_for(boot: Boot) -> None:
+    rig = boot("-device", "virtio-rng-{bus},packed=on")
+    assert rig.regs.features() >> 34 & 1
+    rig = boot("-device", "virtio-rng-{bus}")
+    assert not rig.regs.features() >> 34 & 1
+
+
+def test_persistent_memory(boot: Boot, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(2 << 20))
+    rig = boot(
+        *("-object", f"memory-backend-file,id=m0,mem-path={image},share=on,size=2M"),
+        *("-device", "virtio-pmem-{bus},memdev=m0"),
+    )
+    rig.driver.start()
+    assert rig.regs.device_id() == 27
+    assert rig.regs.config(8, 8) == 2 << 20
+    assert rig.driver.queues[0].request([struct.pack("<I", 0)], [4]) == (4, bytes(4))

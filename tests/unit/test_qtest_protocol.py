@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from vmm.errors import ConfigError, VmmError
 from vmm.qtest import irq
+from vmm.qtest.backends import Backends
 from vmm.qtest.devices import types
 from vmm.qtest.machine import QtestMachine
 from vmm.qtest.options import endpoint, pairs, parse
@@ -243,6 +244,13 @@ def test_a_pin_driven_from_outside(talk: Protocol) -> None:
         (["-drive", "file=/x,format=qcow2"], "qcow2 is not a format"),
         (["-drive", "if=ide,file=/x"], "only none and virtio"),
         (["-blockdev", "driver=raw,file=x,node-name=x"], "no node called x"),
+        (["-device", "virtio-net-pci,netdev=n"], "no -netdev of that name"),
+        (["-netdev", "vde,id=n", "-device", "virtio-net-pci,netdev=n"], "must be user, tap"),
+        (
+            ["-netdev", "user,id=n,hostfwd=tcp:22", "-device", "virtio-net-pci,netdev=n"],
+            "hostfwd=tcp:22 must be",
+        ),
+        (["-device", "virtio-pmem-pci,memdev=m"], "no -object memory-backend-file"),
         (["-device", "isa-debug-exit,iosize=0"], "cannot be"),
         (["-device", "isa-debug-exit,iobase=0x70"], "overlaps"),
         (["-M", "q35", "-m", "3G"], "2816M"),
@@ -281,6 +289,28 @@ def test_what_qemu_users_write() -> None:
         assert machine.ends == [("debug-exit", 7), ("panic", 255)]
     finally:
         machine.close()
+
+
+def test_nets_in_our_words() -> None:
+    backends = Backends(
+        parse(
+            shlex.split(
+                "-netdev user,id=u,hostfwd=tcp::2222-:22 -netdev hubport,id=h,hubid=0 "
+                "-netdev user,id=v,hostfwd=udp:127.0.0.2:53-10.0.2.15:5353 "
+                "-netdev tap,id=t,ifname=tap0,script=no,downscript=no,vhost=off "
+                "-netdev socket,id=s,fd=9 -netdev tap,id=f,fd=10"
+            )
+        )
+    )
+    assert {name: backends.net(name) for name in "uvhtsf"} == {
+        "u": ["user", "forward=2222:22/tcp"],
+        "v": ["user", "forward=127.0.0.2:53:5353/udp"],
+        "h": ["none"],
+        "t": ["tap", "ifname=tap0", "script=no"],
+        "s": ["fd", "fd=9"],
+        "f": ["fd", "fd=10"],
+    }
+    backends.close()
 
 
 def test_where_protocols_are_spoken() -> None:

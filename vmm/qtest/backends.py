@@ -6,10 +6,11 @@ import os
 
 from vmm.disk import DiskSpec
 from vmm.errors import ConfigError, HostError
+from vmm.qtest.options import Props
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmm.qtest.options import Props, Spec
+    from vmm.qtest.options import Spec
 
 NULL_SIZE = 1 << 30
 #: Properties that change how QEMU reaches a file, but not what the guest sees.
@@ -178,6 +179,49 @@ class Backends:
             f"not on {backend}."
         )
 
+    def port_target(self, name: str) -> str | None:
+        """What vmm.devices.virtio.port.Port takes for a -chardev; None: nobody is there."""
+        props = self.chardevs.get(name)
+        if props is not None and props.get("backend") == "socket":
+            path, server = props.get("path"), props.get("server", "off")
+            if not path or server in ("off", "no", "false"):
+                raise ConfigError(f"chardev={name}: a port's socket must be path=, server=on.")
+            return f"unix:{path}"
+        target = self.console_target(name)
+        return None if target == "buffer" else target
+
+    def net(self, name: str) -> list[str]:
+        """The words of --net for a -netdev. Raises ConfigError."""
+        props = self.netdevs.get(name)
+        if props is None:
+            raise ConfigError(f"netdev={name}: there is no -netdev of that name.")
+        props = Props(f"-netdev {name}", dict(props.pairs))
+        kind = props.take("type")
+        words = {"hubport": ["none"], "socket": ["fd"]}.get(kind, [kind])
+        props.drop("hubid", "downscript", "vhost", "net", "dns", "restrict", "ipv4", "ipv6")
+        if kind == "user":
+            words += _forwards(props)
+        elif kind == "tap":
+            words[0] = "fd" if props.get("fd") else "tap"
+        elif kind not in ("hubport", "socket"):
+            raise ConfigError(f"-netdev {kind}: must be user, tap, socket with fd=, or hubport.")
+        for key in ("ifname", "script", "queues", "fd"):
+            value = props.take(key)
+            if value and not (key == "script" and words[0] != "tap"):
+                words.append(f"{key}={value}")
+        props.done()
+        return words
+
+    def memory_file(self, name: str) -> list[str]:
+        """The words of --pmem for a -object memory-backend-file. Raises ConfigError."""
+        props = self.objects.get(name)
+        if props is None or props.get("qom-type") != "memory-backend-file":
+            raise ConfigError(
+                f"memdev={name}: there is no -object memory-backend-file of that name."
+            )
+        words = [props.get("mem-path")]
+        return [*words, "ro"] if props.get("readonly", "off") == "on" else words
+
     def entropy(self, name: str) -> None:
         """Raises ConfigError unless the object is a source of the host's randomness."""
         props = self.objects.get(name)
@@ -185,3 +229,17 @@ class Backends:
             raise ConfigError(f"rng={name}: there is no -object of that name.")
         if props.get("qom-type") not in ("rng-random", "rng-builtin"):
             raise ConfigError(f"rng={name}: only rng-random and rng-builtin are possible.")
+
+
+def _forwards(props: Props) -> list[str]:
+    """QEMU's hostfwd=tcp:[ADDR]:HOST-[ADDR]:GUEST as ours. Raises ConfigError."""
+    text = props.take("hostfwd")
+    if not text:
+        return []
+    protocol, _, rest = text.partition(":")
+    host, dash, guest = rest.partition("-")
+    address, colon, port = host.rpartition(":")
+    if protocol not in ("tcp", "udp") or not dash or not colon:
+        raise ConfigError(f"{props.flag}: hostfwd={text} must be tcp|udp:[ADDR]:PORT-[ADDR]:PORT.")
+    ports = f"{address}:{port}" if address else port
+    return [f"forward={ports}:{guest.rpartition(':')[2]}/{protocol}"]

@@ -11,6 +11,8 @@ from vmm.devices.pvpanic import PvPanic
 from vmm.devices.testdev import TestDev
 from vmm.devices.virtio.blk import QUEUE_SIZE, Blk
 from vmm.devices.virtio.console import Console
+from vmm.devices.virtio.device import VirtioDevice
+from vmm.devices.virtio.port import Port, Ports
 from vmm.devices.virtio.rng import Rng
 from vmm.devices.watchdog import Watchdog
 from vmm.disk import DiskSpec
@@ -29,12 +31,20 @@ if TYPE_CHECKING:
 _IGNORED = (
     "acpi-index", "any_layout", "ats", "bootindex", "bus", "disable-legacy", "disable-modern",
     "event_idx", "failover", "indirect_desc", "ioeventfd", "iommu_platform", "iothread",
-    "modern-pio-notify", "multifunction", "notify_on_empty", "packed", "page-per-vq",
-    "queue_reset", "rombar", "romfile", "use-disabled-flag", "use-started", "vectors",
+    "modern-pio-notify", "multifunction", "notify_on_empty", "page-per-vq", "queue_reset",
+    "rombar", "romfile", "use-disabled-flag", "use-started", "vectors",
 )  # fmt: skip
 _BLK_IGNORED = (
     "config-wce", "discard_granularity", "min_io_size", "opt_io_size", "physical_block_size",
     "request-merging", "scsi", "seg-max-adjust", "share-rw", "write-zeroes",
+)  # fmt: skip
+
+_NET_RINGS = ("rx_queue_size", "tx_queue_size")
+_NET_IGNORED = (
+    "csum", "ctrl_guest_offloads", "ctrl_mac_addr", "ctrl_rx", "ctrl_rx_extra", "ctrl_vlan",
+    "ctrl_vq", "duplex", "gso", "guest_announce", "guest_csum", "guest_ecn", "guest_tso4",
+    "guest_tso6", "guest_ufo", "host_ecn", "host_tso4", "host_tso6", "host_ufo", "mq",
+    "mrg_rxbuf", "speed", "status", "tx",
 )  # fmt: skip
 
 _PCI_SUFFIXES = ("-pci-non-transitional", "-pci-transitional", "-pci")
@@ -53,13 +63,14 @@ class Wanted(DeviceSpec):
     """One -device or device_add. ``slot``: the PCI slot asked for, or -1; ``drive``: its
     backend's name, or nothing."""
 
-    __slots__ = ("drive", "driver", "make", "name", "slot")
+    __slots__ = ("drive", "driver", "make", "name", "packed", "slot")
 
     def __init__(
         self, driver: str, name: str, make: Callable[[Board], Device], slot: int, drive: str = ""
     ) -> None:
         super().__init__(driver, Device, options.Options({}, name))
         self.drive = drive
+        self.packed = False
         self.driver = driver
         self.name = name
         self.make = make
@@ -68,6 +79,8 @@ class Wanted(DeviceSpec):
     def build(self, name: str, board: Board) -> Device:
         device = self.make(board)
         device.name = self.name
+        if isinstance(device, VirtioDevice):
+            device.packed = self.packed
         return device
 
 
@@ -115,9 +128,12 @@ class Maker:
         slot = _slot(props.take("addr"))
         name = props.take("id") or self._name(family)
         props.drop(*_IGNORED)
+        packed = props.flag_of("packed")
         drive = props.get("drive")
         make = self._maker(driver, family, props, ports or [], name)
-        return Wanted(driver, name, make, slot, drive)
+        wanted = Wanted(driver, name, make, slot, drive)
+        wanted.packed = packed
+        return wanted
 
     def _name(self, family: str) -> str:
         nr = self._counts[family] = self._counts.get(family, -1) + 1
@@ -129,6 +145,8 @@ class Maker:
         special = {
             "blk": self._blk,
             "rng": self._rng,
+            "net": self._net,
+            "pmem": self._pmem,
             "i6300esb": self._watchdog,
             "watchdog": self._watchdog,
             "isa-debug-exit": _debug_exit,
@@ -181,15 +199,52 @@ class Maker:
         props.drop("max-bytes", "period")
         return lambda board: Rng(name)
 
+    def _net(self, props: Props, name: str) -> Callable[[Board], Device]:
+        netdev = props.take("netdev")
+        words = self._backends.net(netdev) if netdev else ["none"]
+        words += [f"mac={mac}"] if (mac := props.take("mac")) else []
+        mtu = props.take("host_mtu", "0")
+        words += [f"mtu={mtu}"] if mtu != "0" else []
+        for key in _NET_RINGS:
+            size = props.take(key)
+            words += [f"queue-size={size}"] if size and key == _NET_RINGS[0] else []
+        props.drop(*_NET_IGNORED)
+        return _ours("net", words)
+
+    def _pmem(self, props: Props, name: str) -> Callable[[Board], Device]:
+        return _ours("pmem", self._backends.memory_file(props.take("memdev")))
+
     def _serial(self, props: Props, ports: list[Props], name: str) -> Callable[[Board], Device]:
         props.drop("max_ports", "emergency-write")
         props.done()
-        if len(ports) > 1 or (ports and ports[0].get("driver") != "virtconsole"):
-            raise ConfigError(f"-device virtio-serial {name}: one virtconsole is all it can have.")
-        chardev = target = ""
-        for port in ports:
-            chardev = port.get("chardev")
-            target = self._backends.console_target(chardev) if chardev else ""
+        if not ports or [port.get("driver") for port in ports] == ["virtconsole"]:
+            return self._console(ports, name)
+        found = []
+        for nr, port in enumerate(ports):
+            chardev = port.take("chardev")
+            target = self._backends.port_target(chardev) if chardev else None
+            console = port.take("driver") == "virtconsole"
+            label = port.take("name") or port.get("id") or f"{name}-{nr}"
+            port.drop("id", "nr", "bus")
+            port.done()
+            found.append(Port(label, target, console=console))
+
+        def make(board: Board) -> Device:
+            device = Ports(name)
+            try:
+                for port in found:
+                    device.add(port)
+            except BaseException:
+                device.close()
+                raise
+            return device
+
+        return make
+
+    def _console(self, ports: list[Props], name: str) -> Callable[[Board], Device]:
+        """QEMU's console without other ports: ours that has one line."""
+        chardev = ports[0].get("chardev") if ports else ""
+        target = self._backends.console_target(chardev) if chardev else ""
 
         def make(board: Board) -> Device:
             if not target:
@@ -226,6 +281,12 @@ def _slot(text: str) -> int:
     except ValueError:
         pass
     raise ConfigError(f"addr={text}: must be a slot from 1 to 1f, function 0.")
+
+
+def _ours(name: str, words: list[str]) -> Callable[[Board], Device]:
+    """A device of the catalogue with its own options. Raises ConfigError."""
+    spec = catalog.parse(options.join([name, *words]))
+    return lambda board: spec.build(name, board)
 
 
 def _catalogued(driver: str, name: str, props: Props) -> Callable[[Board], Device]:
@@ -284,10 +345,13 @@ def types() -> list[tuple[str, str]]:
         ("pc-testdev", "isa-device"),
         ("pvpanic", "isa-device"),
         ("virtconsole", "virtserialport"),
+        ("virtserialport", "device"),
     ]
     families = {"blk", "rng", "serial"}
     back = {ours: theirs for theirs, ours in _RENAMED.items()}
     for name, cls in catalog.builtins().items():
+        if cls is Port:
+            continue
         if hasattr(cls, "DEVICE_ID"):
             families.add(name.removeprefix("virtio-"))
         else:

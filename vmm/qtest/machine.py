@@ -24,12 +24,12 @@ from vmm.memory import GuestMemory
 from vmm.qtest.backends import Backends
 from vmm.qtest.devices import Maker, Wanted
 from vmm.qtest.irq import WatchedChip
+from vmm.qtest.space import Space
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-    from vmm.bus import Bus
     from vmm.chardev import CharDev
     from vmm.device import Device
     from vmm.devices.pci import PciDevice
@@ -47,7 +47,6 @@ _BARRIERS = 3
 #: How long a disk may take until nobody waits for it any more, and between looks.
 _PATIENCE_S = 1.0
 _PAUSE_S = 0.0001
-_MMIO_STEP = 4
 _PINS = 24
 
 
@@ -58,6 +57,7 @@ class QtestMachine:
     memory: GuestMemory
     board: Board
     maker: Maker
+    space: Space
 
     def __init__(self, spec: Spec) -> None:
         """Raises ConfigError, HostError."""
@@ -104,6 +104,7 @@ class QtestMachine:
             rng=False,
             pvpanic=False,
             io_threads="shared",
+            packed=any(w.packed for w in cold),
             devices=[_Kept(self, w) for w in cold],
         )
         for problem in config.problems():
@@ -113,6 +114,7 @@ class QtestMachine:
         self._closers.append(self.memory.close)
         self.board = Board(config, self.memory, self.chip)
         self._closers += [self.board.free, self.board.close]
+        self.space = Space(self.memory, self.board.mmio)
         self.board.on_end = self._say
         self.board.on_pause = lambda: self._say("pause", 0)
         self.board.on_error = self._fail
@@ -336,68 +338,6 @@ class QtestMachine:
                 self._driven[pin] = self.chip.line(pin)
                 self._closers.append(self._driven[pin].close)
             self._driven[pin].set(level)
-
-    # ---- access
-
-    def load(self, addr: int, size: int) -> int:
-        """A little-endian integer of RAM or registers."""
-        if self.memory.contains(addr, size):
-            return self.memory.read_int(addr, size)
-        return self.board.mmio.read(addr, size)
-
-    def store(self, addr: int, size: int, value: int) -> None:
-        if self.memory.contains(addr, size):
-            self.memory.write_int(addr, value, size)
-        else:
-            self.board.mmio.write(addr, size, value)
-
-    def read(self, addr: int, size: int) -> bytes:
-        """What nobody answers for reads as all ones."""
-        out = bytearray()
-        for at, n, kind in self._pieces(addr, size):
-            if kind == "ram":
-                out += self.memory.view(at, n)
-            elif kind == "gap":
-                out += b"\xff" * n
-            else:
-                out += self.board.mmio.read(at, n).to_bytes(n, "little")
-        return bytes(out)
-
-    def write(self, addr: int, data: bytes) -> None:
-        view, done = memoryview(data), 0
-        for at, n, kind in self._pieces(addr, len(data)):
-            part = view[done : done + n]
-            done += n
-            if kind == "ram":
-                self.memory.write(at, part)
-            elif kind == "mmio":
-                self.board.mmio.write(at, n, int.from_bytes(part, "little"))
-
-    def _pieces(self, addr: int, size: int) -> Iterator[tuple[int, int, str]]:
-        """(address, size, 'ram' | 'mmio' | 'gap'); registers up to four bytes at a time."""
-        end = addr + size
-        while addr < end:
-            ram = next((r for r in self.memory.ranges if r.gpa <= addr < r.gpa + r.size), None)
-            if ram is not None:
-                n, kind = min(end, ram.gpa + ram.size) - addr, "ram"
-            else:
-                n, kind = self._off_ram(addr, end)
-            yield addr, n, kind
-            addr += n
-
-    def _off_ram(self, addr: int, end: int) -> tuple[int, str]:
-        ranges = self.board.mmio.ranges()
-        if any(base <= addr < base + size for base, size, _ in ranges):
-            n = _MMIO_STEP
-            while addr % n or addr + n > end:
-                n //= 2
-            return n, "mmio"
-        starts = [base for base, _, _ in ranges] + [r.gpa for r in self.memory.ranges]
-        return min([end, *(at for at in starts if at > addr)]) - addr, "gap"
-
-    @property
-    def pio(self) -> Bus:
-        return self.board.pio
 
     def close(self) -> None:
         while self._closers:

@@ -119,21 +119,23 @@ class Protocol:
         return port
 
     def _inner(self, size: int) -> Callable[[str], str]:
-        return lambda port: f"0x{self.machine.pio.read(self._port(port), size):04x}"
+        return lambda port: f"0x{self.machine.board.pio.read(self._port(port), size):04x}"
 
     def _outer(self, size: int) -> Callable[[str, str], str]:
         def run(port: str, value: str) -> str:
-            self.machine.pio.write(self._port(port), size, number(value) & ((1 << 8 * size) - 1))
+            self.machine.board.pio.write(
+                self._port(port), size, number(value) & ((1 << 8 * size) - 1)
+            )
             return ""
 
         return run
 
     def _loader(self, size: int) -> Callable[[str], str]:
-        return lambda address: f"0x{self.machine.load(number(address), size):016x}"
+        return lambda address: f"0x{self.machine.space.load(number(address), size):016x}"
 
     def _storer(self, size: int) -> Callable[[str, str], str]:
         def run(address: str, value: str) -> str:
-            self.machine.store(number(address), size, number(value) & ((1 << 8 * size) - 1))
+            self.machine.space.store(number(address), size, number(value) & ((1 << 8 * size) - 1))
             return ""
 
         return run
@@ -141,7 +143,7 @@ class Protocol:
     # ---- memory in bulk
 
     def _read(self, address: str, size: str) -> str:
-        return "0x" + self.machine.read(*_span(address, size)).hex()
+        return "0x" + self.machine.space.read(*_span(address, size)).hex()
 
     def _write(self, address: str, size: str, data: str) -> str:
         start, length = _span(address, size)
@@ -152,11 +154,11 @@ class Protocol:
             given = bytes.fromhex(text)
         except ValueError:
             raise Refused("the data must be 0x and pairs of hexadecimal digits") from None
-        self.machine.write(start, given.ljust(length, b"\0"))
+        self.machine.space.write(start, given.ljust(length, b"\0"))
         return ""
 
     def _b64read(self, address: str, size: str) -> str:
-        return base64.b64encode(self.machine.read(*_span(address, size))).decode()
+        return base64.b64encode(self.machine.space.read(*_span(address, size))).decode()
 
     def _b64write(self, address: str, size: str, data: str) -> str:
         start, length = _span(address, size)
@@ -166,12 +168,12 @@ class Protocol:
             raise Refused("the data is not base64") from None
         if len(given) != length:
             raise Refused(f"the data is {len(given)} bytes long, not {length}")
-        self.machine.write(start, given)
+        self.machine.space.write(start, given)
         return ""
 
     def _memset(self, address: str, size: str, value: str) -> str:
         start, length = _span(address, size, empty=True)
-        self.machine.write(start, bytes([number(value) & 0xFF]) * length)
+        self.machine.space.write(start, bytes([number(value) & 0xFF]) * length)
         return ""
 
     # ---- time

@@ -107,6 +107,9 @@ class Pmem(VirtioDevice):
         if self._native == ffi.NULL:
             raise MemoryError(self.name)
 
+    def io_threads(self) -> list[IoThread]:
+        return [self._thread] if self._thread is not None else []
+
     def start_queue(self, index: int, config: Any) -> int:
         return int(lib.vmm_pmem_start(self._native, config))
 
