@@ -6,9 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.boot.conftest import Boot
+import vmm
+from guests.initramfs import build, kernel_tree
+from tests.boot.conftest import UP, Boot
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "devices"
+
+
+class Panel(vmm.MmioDevice):
+    """pvpanic with a register in memory: reading it tells what can be reported."""
+
+    SIZE, IRQ, HID = 2, False, "QEMU0001"
+    reads = 0
+
+    def read(self, offset: int, size: int) -> int:
+        self.reads += 1
+        return 3
 
 
 @pytest.mark.parametrize("transport", ["pci", "mmio"])
@@ -43,3 +56,16 @@ echo "after=$n"
     assert booted.value("path") == r"\_SB_.U000"
     assert booted.value("where").startswith("f0000000-f0000007")
     assert (booted.value("before"), booted.value("after")) == ("0x00000000", "0x00000001")
+
+
+def test_a_stock_driver_binds_to_registers_in_python(boot: Boot) -> None:
+    script = """\
+cd /sys/bus/platform/drivers/pvpanic-mmio/QEMU0001:00
+echo "capability=$(cat capability)"
+"""
+    text = f'echo "{UP}"\n{script}\npoweroff -f'
+    archive = build(text, kernel_tree(), modules=("pvpanic_mmio",))
+    panel = Panel()
+    booted = boot(devices=panel, pvpanic=False, initrds=[str(archive)]).ok()
+    assert booted.value("capability") == "0x3"
+    assert panel.reads > 0

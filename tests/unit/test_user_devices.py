@@ -386,6 +386,38 @@ def test_a_reset_makes_requests_void(rig: Rig) -> None:
     assert rig.driver.queues[0].request([b"again"], [5])[1] == b"again"
 
 
+def test_resets_while_another_thread_answers(rig: Rig) -> None:
+    """After a reset nothing is written any more, whoever is at it."""
+    kept, over = echo(rig).kept, threading.Event()
+
+    def answer() -> None:
+        while not over.is_set():
+            for request in list(kept):
+                request.write(b"late")
+                request.done()
+
+    other = threading.Thread(target=answer)
+    other.start()
+    size = rig.memory.ranges[0].size
+    try:
+        for _ in range(30):
+            rig.driver.next = 0x1_0000
+            rig.driver.start()
+            queue = rig.driver.queues[0]
+            for _ in range(8):
+                queue.add([b"keep"], [8])
+                queue.kick()
+            queue.wait()
+            rig.driver.reset()
+            rig.memory.write(0, bytes(size))
+            assert not any(rig.memory.read(0x1_0000, 0x8000))
+            kept.clear()
+    finally:
+        over.set()
+        other.join()
+    assert not any(rig.memory.read(0, size))
+
+
 def test_one_queue_is_reset(rig: Rig) -> None:
     """What is kept of it is void, the other goes on. virtio-v1.3 §2.6.1."""
     assert rig.driver.start() & RING_RESET
