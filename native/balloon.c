@@ -12,8 +12,8 @@
 /* Page numbers that are put in order and merged at a time; Linux sends no more in a chain. */
 #define PIECE 256
 /* Work done before other sources get a turn, in page numbers and in bytes of buffers. */
-#define TURN_PAGES 4096
-#define TURN_BYTES (1ULL << 30)
+#define TURN_PAGES 1024
+#define TURN_BYTES (256ULL << 20)
 
 static struct vmm_balloon_queue *queue_of(struct vmm_service *s)
 {

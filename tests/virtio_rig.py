@@ -38,7 +38,9 @@ class Rig(virtio_mock.Rig):
         return bool(self.regs.status & virtio_mock.NEEDS_RESET)
 
     def settle(self) -> None:
-        """Until the I/O thread has finished what it was doing."""
+        """Until the I/O threads have finished what they were doing."""
+        for thread in self.device.io_threads():
+            lib.vmm_loop_barrier(thread.native)
         lib.vmm_loop_barrier(self.loop)
 
     def until(self, true: Callable[[], bool], what: str, timeout: float = 5.0) -> None:
