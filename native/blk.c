@@ -73,6 +73,12 @@ void vmm_blk_stop(struct vmm_blk *blk)
 	__atomic_store_n(&blk->write_back, blk->file.config.write_back, __ATOMIC_RELAXED);
 }
 
+void vmm_blk_stop_queue(struct vmm_blk *blk, uint32_t index)
+{
+	if (index < blk->nr_queues)
+		vmm_service_stop(&blk->queues[index].service);
+}
+
 void vmm_blk_resize(struct vmm_blk *blk, uint64_t size)
 {
 	__atomic_store_n(&blk->file.size, size, __ATOMIC_RELAXED);

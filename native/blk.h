@@ -23,6 +23,8 @@ int vmm_blk_start(struct vmm_blk *blk, const struct vmm_service_config *config);
 /* Stops every queue and waits for requests in flight; afterwards nothing touches guest memory or
  * the file. */
 void vmm_blk_stop(struct vmm_blk *blk);
+/* The same for one queue, which may be started again. */
+void vmm_blk_stop_queue(struct vmm_blk *blk, uint32_t index);
 /* Any thread. Bytes the disk has from now on. */
 void vmm_blk_resize(struct vmm_blk *blk, uint64_t size);
 /* Any thread. Whether a finished write may be in the host's cache only. */

@@ -35,7 +35,7 @@ class Request:
         room = sum(map(len, readable)) + sum(writable) + 32 * (len(readable) + len(writable) + 1)
         q.memory.write(q.driver.next, bytes([CANARY]) * room)
         self.head = q.add(readable, writable, **kw)
-        self.buffers = q.pending[self.head][1]
+        self.buffers = q.room(self.head)
         q.kick()
         head, self.length, self.data = q.wait()
         assert head == self.head
@@ -65,10 +65,17 @@ def segment(sector: int, count: int, flags: int = 0) -> bytes:
 class Disk(Rig):
     """A rig whose device is a disk."""
 
-    def __init__(self, path: Path, transport: str, placement: str = "device", **options: Any):
+    def __init__(
+        self,
+        path: Path,
+        transport: str,
+        placement: str = "device",
+        packed: bool = False,
+        **options: Any,
+    ) -> None:
         self.blk = Blk(str(path), **options)
         self.blk.placement = Placement(placement)
-        super().__init__(self.blk, transport)
+        super().__init__(self.blk, transport, packed=packed)
 
 
 Make = Callable[..., Disk]

@@ -330,6 +330,10 @@ class Queue:
         self.avail_idx = (self.avail_idx + 1) & 0xFFFF
         self.memory.write_int(self.avail + 2, self.avail_idx, 2)
 
+    def room(self, head: int) -> list[tuple[int, int]]:
+        """The buffers of a chain in flight that the device may write."""
+        return self.pending[head][1]
+
     def kick(self) -> None:
         self.driver.regs.notify(self.index)
 

@@ -42,6 +42,9 @@ class PackedQueue(virtio_mock.Queue):
     def offer(self, head: int) -> None:
         self.ring.publish(head)
 
+    def room(self, head: int) -> list[tuple[int, int]]:
+        return self.buffers[head]
+
     def write_desc(self, at: int, addr: int, length: int, flags: int, nxt: int = 0) -> None:
         self.ring.set_desc(at, addr, length, flags, nxt)
 

@@ -42,13 +42,15 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(params=["mmio-threads", "pci-uring", "mmio-uring", "pci-threads"])
+@pytest.fixture(
+    params=["mmio-threads-split", "pci-uring-split", "mmio-uring-packed", "pci-threads-packed"]
+)
 def make(request: pytest.FixtureRequest, image: Path) -> Iterator[Make]:
-    transport, engine = request.param.split("-")
+    transport, engine, ring = request.param.split("-")
     made = []
 
     def build(*, start: bool = True, **options: Any) -> Disk:
-        disk = Disk(image, transport, uring=engine == "uring", **options)
+        disk = Disk(image, transport, packed=ring == "packed", uring=engine == "uring", **options)
         made.append(disk)
         if disk.blk.engine != engine:
             pytest.skip("io_uring is not allowed here")

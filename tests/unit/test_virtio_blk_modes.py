@@ -47,13 +47,15 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(params=["mmio-threads", "pci-uring", "mmio-uring", "pci-threads"])
+@pytest.fixture(
+    params=["mmio-threads-split", "pci-uring-split", "mmio-uring-packed", "pci-threads-packed"]
+)
 def make(request: pytest.FixtureRequest, image: Path) -> Iterator[Make]:
-    transport, engine = request.param.split("-")
+    transport, engine, ring = request.param.split("-")
     made = []
 
     def build(*, start: bool = True, **options: Any) -> Disk:
-        disk = Disk(image, transport, uring=engine == "uring", **options)
+        disk = Disk(image, transport, packed=ring == "packed", uring=engine == "uring", **options)
         made.append(disk)
         if disk.blk.engine != engine:
             pytest.skip("io_uring is not allowed here")
@@ -124,6 +126,25 @@ def test_queues_the_driver_leaves_alone(make: Make) -> None:
     rig.driver.reset()
     rig.driver.start()
     assert read(rig.driver.queues[3], 9) == pattern(9)
+
+
+def test_one_queue_is_reset_and_the_others_go_on(make: Make) -> None:
+    """With a request held on it; the cache stays as the driver set it. virtio-v1.3 §2.6.1."""
+    rig = make(queues=2)
+    rig.regs.set_config(WRITEBACK, 1, 0)
+    rig.blk.set_limits(bps=1, bps_burst=1)
+    first, second = rig.driver.queues[0], rig.driver.queues[1]
+    assert read(first, 1) == pattern(1)
+    second.add([header(IN, 5)], [512, 1])
+    second.kick()
+    rig.until(lambda: rig.blk.stats()["throttled"] >= 1, "the queue waits")
+    assert rig.regs.reset_queue(1)
+    rig.blk.set_limits()
+    assert read(first, 2) == pattern(2)
+    assert rig.regs.config(WRITEBACK, 1) == 0
+    again = rig.driver.setup_queue(1)
+    assert read(again, 3) == pattern(3)
+    assert read(first, 4) == pattern(4)
 
 
 def test_reset_with_requests_in_flight_on_every_queue(make: Make, image: Path) -> None:

@@ -181,6 +181,9 @@ class Blk(VirtioDevice):
     def stop_queues(self) -> None:
         lib.vmm_blk_stop(self._native)
 
+    def stop_queue(self, index: int) -> None:
+        lib.vmm_blk_stop_queue(self._native, index)
+
     def write_config(self, offset: int, size: int, value: int) -> None:
         """The cache's mode is the driver's to change: virtio-v1.3 §5.2.5.2."""
         if offset != WRITEBACK or size != 1 or self._native == ffi.NULL:
