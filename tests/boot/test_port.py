@@ -18,6 +18,9 @@ PIECE = 2 << 20
 DEADLINE = 150.0
 
 SCRIPT = """\
+n=0
+until [ "$(cat /sys/class/virtio-ports/*/name 2>/dev/null | wc -l)" = 3 ]; do
+  sleep 0.1; n=$((n+1)); [ $n = 300 ] && break; done
 port() {{ for p in /sys/class/virtio-ports/*; do
   [ "$(cat $p/name)" = "$1" ] && echo /dev/${{p##*/}}; done; }}
 echo "names=$(cat /sys/class/virtio-ports/*/name | sort | tr '\\n' ' ')"
