@@ -1,4 +1,5 @@
 /* virtio-vsock: the device, its queues and the sockets it watches. */
+#include "timer.h"
 #include "vsock_conn.h"
 
 #include <errno.h>
@@ -11,6 +12,8 @@ enum { RX, TX, EVENT, NR_QUEUES };
 
 /* Sockets looked at before other sources of the I/O thread get a turn. */
 #define BATCH 64
+/* How long the last bytes of a guest that is gone may take. */
+#define LAST_WORDS_NS 1000000000ULL
 
 static void socket_event(struct vmm_vsock *v, struct vsock_conn *c, uint32_t events)
 {
@@ -145,12 +148,32 @@ static void stop(void *arg)
 	v->tell_reset = false;
 }
 
+/* Sends what is buffered; whether something is left. */
+static bool flush_all(struct vmm_vsock *v)
+{
+	bool left = false;
+
+	for (int i = 0; i < VSOCK_SLOTS; i++) {
+		struct vsock_conn *c = &v->slots[i];
+
+		if (c->state == VSOCK_DRAINING)
+			vsock_conn_flush(v, c);
+		left |= c->state == VSOCK_DRAINING;
+	}
+	return left;
+}
+
 static void close_all(void *arg)
 {
 	struct vmm_vsock *v = arg;
+	const uint64_t deadline = vmm_now() + LAST_WORDS_NS;
+	struct epoll_event events[BATCH];
+	uint64_t now;
 
 	stop(v);
 	v->waiting = false;
+	while (flush_all(v) && (now = vmm_now()) < deadline)
+		epoll_wait(v->source.fd, events, BATCH, (int)((deadline - now) / 1000000) + 1);
 	for (int i = 0; i < VSOCK_SLOTS; i++)
 		if (v->slots[i].state != VSOCK_FREE)
 			vsock_conn_free(v, &v->slots[i]);

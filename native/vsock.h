@@ -29,6 +29,7 @@ struct vmm_vsock_counts {
  * guest are then refused). NULL with errno set. */
 struct vmm_vsock *vmm_vsock_create(struct vmm_loop *loop, uint64_t cid, int listen_fd,
 				   const char *path, uint16_t queue_size);
+/* Hosts that read slowly have a second to take what is left for them. */
 void vmm_vsock_destroy(struct vmm_vsock *v);
 /* Queue 0 receives (for the guest), queue 1 transmits, queue 2 tells events. */
 int vmm_vsock_start(struct vmm_vsock *v, const struct vmm_service_config *config);

@@ -296,6 +296,33 @@ def test_what_the_guest_sent_before_it_closed_arrives(one: Guest, service: socke
     gone(one)
 
 
+def test_the_last_words_of_a_machine(path: str, service: socket.socket) -> None:
+    """What is left when it ends still goes to a host that reads; one that does not is left."""
+    guest = Guest(Vsock(3, path))
+    guest.start()
+    ends = [from_guest(guest, service, 1024), from_guest(guest, service, 1025)]
+    for sock in guest.disown():
+        sock.settimeout(5)
+    data = os.urandom(BUFFER)
+    for port in (1024, 1025):
+        for at in range(0, BUFFER, 32768):
+            guest.send(RW, port, SERVICE, data[at : at + 32768])
+    closer = threading.Thread(target=guest.close)
+    closer.start()
+    got = b""
+    while part := ends[0].recv(1 << 20):
+        got += part
+    assert got == data
+    closer.join()
+    ends[0].close()
+    rest = b""
+    while part := ends[1].recv(1 << 20):
+        rest += part
+    assert rest
+    assert data.startswith(rest)
+    ends[1].close()
+
+
 def test_half_close_by_the_guest(guest: Guest, service: socket.socket) -> None:
     sock = from_guest(guest, service)
     guest.send(RW, 1024, SERVICE, b"the end")
