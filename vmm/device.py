@@ -63,6 +63,10 @@ class Device:
         """What the guest's driver did that this device could not go on from, one sentence each."""
         return []
 
+    def notes(self) -> list[str]:
+        """What the user must know to use it, once the machine runs: the name of a pty."""
+        return []
+
     def unclaimed(self) -> str | None:
         """After a run: one sentence if the guest never used this device though it was there
         for it, naming the kernel option that would have made the difference."""

@@ -338,6 +338,7 @@ def test_pty(tmp_path: Path) -> None:
     rig.bring_up()
     path = rig.ports.ports[0].path
     assert path
+    assert rig.ports.notes() == [f"port p is on {path}"]
     fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
     os.write(fd, b"typed")
     rig.room(0)

@@ -199,6 +199,9 @@ class Session:
         for console in self._consoles:
             if console.target == "pty":
                 complain(f"{console.name} is on {console.path}")
+        for device in self.machine.devices:
+            for note in device.notes():
+                complain(note)
         if self._on_screen() and os.isatty(0) and os.isatty(2):
             complain(KEYS)
 

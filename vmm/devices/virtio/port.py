@@ -261,6 +261,9 @@ class Ports(VirtioDevice):
         names = ("host_open", "guest_open", "sent", "received", "dropped", "error")
         return {name: abs(int(getattr(out, name))) for name in names}
 
+    def notes(self) -> list[str]:
+        return [f"port {p.label} is on {p.path}" for p in self.ports if p.target == "pty"]
+
     def close(self) -> None:
         super().close()
         lib.vmm_ports_destroy(self._native)

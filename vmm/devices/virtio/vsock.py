@@ -57,7 +57,7 @@ class Vsock(VirtioDevice):
         'write "CONNECT PORT" to reach the guest, listen at PATH_PORT to be reached.'
     )
     OPTIONS = (
-        Field("cid", "the guest's address", _parse_cid, default=FIRST_CID),
+        Field("cid", "the guest's address, 3 or more", _parse_cid, required=True),
         Field("path", "the socket to make on the host", parse_path, path=True),
     )
 
