@@ -126,9 +126,9 @@ class Qtest:
         """The next answer; interrupts before it are noted."""
         while True:
             line = self._lines[0].get()
-            words = line.split()
-            if words[:1] != ["IRQ"]:
+            if not line.startswith("IRQ "):
                 return line
+            words = line.split()
             pin, level = int(words[2]), int(words[1] == "raise")
             self.levels[pin] = level
             self.irqs.append((pin, level))
@@ -141,7 +141,7 @@ class Qtest:
         """What follows OK. Raises QtestError."""
         self.send(text + "\n")
         answer = self.answer()
-        if answer.split()[:1] != ["OK"]:
+        if not answer.startswith("OK"):
             raise QtestError(f"{text[:80]}: {answer}")
         return answer[3:]
 

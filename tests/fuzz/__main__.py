@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from random import Random
 
-from tests.fuzz.executor import InProcess
+from tests.fuzz.executor import Executor, InProcess
+from tests.fuzz.qtest import OverSocket
 from tests.fuzz.session import Finding, Session
 from tests.fuzz.targets import Target, targets
 
@@ -32,13 +33,25 @@ def fds() -> int:
 
 
 def fuzz(
-    name: str, target: Target, transport: str, cases: int, seed: str, start: int, seconds: float
+    name: str,
+    target: Target,
+    transport: str,
+    cases: int,
+    seed: str,
+    start: int,
+    seconds: float,
+    *,
+    qtest: bool = False,
 ) -> int:
-    """How many cases were run. Raises Finding."""
+    """How many cases were run; ``qtest``: in a process that is spoken to. Raises Finding."""
     done = nr = 0
     before = fds()
     with tempfile.TemporaryDirectory() as scratch:
-        executor = InProcess(target.make(Path(scratch)), transport)
+        executor: Executor
+        if qtest:
+            executor = OverSocket(name, transport, Path(scratch))
+        else:
+            executor = InProcess(target.make(Path(scratch)), transport)
         began, used = time.monotonic(), resident_mib()
         log: list[str] = []
         try:
@@ -49,7 +62,7 @@ def fuzz(
                 nr += 1
         except BaseException as e:
             print(f"finding: {type(e).__name__}: {e}\n  " + "\n  ".join(log))
-            again = f"--device {name} --transport {transport} --seed {seed}"
+            again = "--qtest " * qtest + f"--device {name} --transport {transport} --seed {seed}"
             print(f"again: python -m tests.fuzz {again} --start {start + nr} --cases 1")
             raise
         finally:
@@ -75,6 +88,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=10_000, help="of each device and transport")
     parser.add_argument("--device", action="append", choices=sorted(known), help="default: all")
     parser.add_argument("--transport", action="append", choices=("mmio", "pci"))
+    parser.add_argument("--qtest", action="store_true", help="devices in a process of their own")
     parser.add_argument("--seed", default=None)
     parser.add_argument("--start", type=int, default=0, help="the first session's number")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="at most, each")
@@ -93,6 +107,7 @@ def main() -> int:
                     seed,
                     options.start,
                     options.seconds,
+                    qtest=options.qtest,
                 )
             except Finding:
                 failed += 1

@@ -97,8 +97,9 @@ class QtestMachine:
         self.maker = Maker(self.backends, spec.transport, lambda: self.clock / 1e9)
         wanted = self.maker.all(spec.devices) if spec.machine != "none" else []
         cold = wanted if spec.transport == "mmio" else []
+        # What is placed behind RAM goes by its size.
         config = MachineConfig(
-            memory=spec.memory,
+            memory=max([spec.memory, *(base + size for base, size in spec.ram)]),
             transport=spec.transport,
             serial=self._serial(),
             rng=False,
@@ -110,7 +111,7 @@ class QtestMachine:
         for problem in config.problems():
             if "No kernel" not in problem:
                 raise ConfigError(problem)
-        self.memory = GuestMemory(self._arch.ram_ranges(config.memory))
+        self.memory = GuestMemory(spec.ram or self._arch.ram_ranges(config.memory))
         self._closers.append(self.memory.close)
         self.board = Board(config, self.memory, self.chip)
         self._closers += [self.board.free, self.board.close]

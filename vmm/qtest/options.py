@@ -48,6 +48,7 @@ _DROPPED = {
 _ONLY_NONE = {"-net", "-nic", "-parallel"}
 
 MAX_JSON = 1 << 16
+_PAGE = 4096
 
 
 class Endpoint:
@@ -113,6 +114,8 @@ class Spec:
         self.argv: list[str] = []
         self.machine = "pc"
         self.memory = 128 << 20
+        #: RAM at other places than the machine's: (base, size) each.
+        self.ram: list[tuple[int, int]] = []
         self.devices: list[Props] = []
         self.drives: list[Props] = []
         self.blockdevs: list[Props] = []
@@ -242,8 +245,21 @@ def _machine(spec: Spec, text: str) -> None:
     if "type" in props.pairs:
         spec.machine = machine_type(props.take("type"))
     _accel(spec, props.take("accel", "qtest"))
+    spec.ram = [_range(part) for part in props.take("x-ram").split("/") if part]
     props.drop(*_MACHINE_IGNORED)
     props.done()
+
+
+def _range(text: str) -> tuple[int, int]:
+    """BASE:SIZE of x-ram. Raises ConfigError."""
+    base, _, size = text.partition(":")
+    try:
+        start, length = int(base, 0), int(size, 0)
+    except ValueError:
+        start = length = -1
+    if start < 0 or length <= 0 or (start | length) % _PAGE or start + length > 1 << 52:
+        raise ConfigError(f"-machine x-ram={text}: must be BASE:SIZE in bytes, whole pages.")
+    return start, length
 
 
 def _accel(spec: Spec, text: str) -> None:
