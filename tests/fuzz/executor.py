@@ -16,9 +16,9 @@ from vmm.devices.virtio.device import VirtioDevice
 from vmm.devices.virtio.queue import VERDICTS
 from vmm.memory import GuestMemory
 
-RAM = 1 << 20
+RAM = 0x4_0000
 HIGH = 1 << 32
-HIGH_RAM = 1 << 16
+HIGH_RAM = 0x4_0000
 
 NAMES = list(VERDICTS)
 

@@ -18,7 +18,7 @@ import time
 from random import Random
 from typing import Any
 
-from tests.fuzz.executor import HIGH, HIGH_RAM, Executor
+from tests.fuzz.executor import HIGH, Executor
 from tests.fuzz.targets import Target
 from tests.virtio_mock import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, VERSION_1
 from tests.virtio_mutations import MUTATIONS, Layout
@@ -27,6 +27,7 @@ from vmm.devices.virtio.queue import Chain, Queue
 
 BASE, TABLES, BUFFERS, END = 0x1000, 0x4000, 0x6000, 0x1_8000
 OTHERS = 0x2_0000
+HIGH_USED = 1 << 16  # half of it for buffers
 RING_RESET = 1 << 40
 #: The device may fill the ring itself then, and nothing can be said about what comes next.
 WILD = {"addr_ring"}
@@ -130,10 +131,10 @@ class Session:
         sizes = SIZES + ODD_SIZES if form == "packed" else SIZES
         size = min(r.choice(sizes), self.executor.sizes[self.queue])
         self.memory.write(0, bytes(END))
-        self.memory.write(HIGH, bytes(HIGH_RAM // 2))
+        self.memory.write(HIGH, bytes(HIGH_USED // 2))
         self.ring = RINGS[form](self.memory, size, BASE)
         self.twin = self.new_twin()
-        self.at, self.table = BUFFERS, TABLES
+        self.at, self.table, self.high = BUFFERS, TABLES, 0
         self.waiting: list[tuple[Chain, int]] = []
         self.breaks = self.executor.breaks(self.queue)
         if r.getrandbits(1):
@@ -180,8 +181,10 @@ class Session:
 
     def place(self, size: int) -> int:
         """Where a buffer goes."""
-        if self.r.getrandbits(3) == 0 and size < HIGH_RAM // 8:
-            return HIGH + self.r.randrange(HIGH_RAM // 2 - size)
+        if self.r.getrandbits(3) == 0 and self.high + size < HIGH_USED // 2:
+            high = HIGH + self.high
+            self.high += size + self.r.randrange(4)
+            return high
         at = self.at
         self.at += size + self.r.randrange(4)
         return at
@@ -237,8 +240,10 @@ class Session:
             self.good_case()
         elif self.features & RING_RESET:
             self.good_case(wait=False)
-            self.reset_queue()
-            self.good_case()
+            self.executor.settle()
+            if not self.executor.broken():
+                self.reset_queue()
+                self.good_case()
         self.end()
         return nr + 2
 
@@ -252,8 +257,8 @@ class Session:
     def good_case(self, *, wait: bool = True) -> bool:
         """Requests as a driver makes them; False when the session is over."""
         self.log.append("requests")
-        if self.at > END - 0x2000 or self.table > BUFFERS - 0x200:
-            self.at, self.table = BUFFERS, TABLES
+        if not self.waiting:
+            self.at, self.table, self.high = BUFFERS, TABLES, 0
         if not self.offer().heads:
             return True
         told = foretell(self.memory, self.ring, self.twin)
@@ -263,7 +268,7 @@ class Session:
         if not wait:
             self.regs.notify(self.queue)
             return True
-        if self.judge(told, told):
+        if self.judge(told, told, good=True):
             return False
         for head, _ in self.ring.reap():
             self.waiting = [w for w in self.waiting if w[0].head != head]
@@ -332,10 +337,10 @@ class Session:
 
     # ---- judgement ------------------------------------------------------------------------------
 
-    def judge(self, told: Foretold, lazy: Foretold) -> bool:
+    def judge(self, told: Foretold, lazy: Foretold, *, good: bool = False) -> bool:
         """Let the device go, and compare. True when the queue is broken. ``lazy`` differs from
-        ``told`` where it matters how fast a device is."""
-        before, high = self.memory.read(0, END), self.memory.read(HIGH, HIGH_RAM)
+        ``told`` where it matters how fast a device is; ``good``: no buffers overlap."""
+        before, high = self.memory.read(0, END), self.memory.read(HIGH, HIGH_USED)
         clear = (told.verdict, len(told.chains)) == (lazy.verdict, len(lazy.chains))
         self.regs.notify(self.queue)
         broken = self.wait(told, clear)
@@ -345,6 +350,8 @@ class Session:
         self.check_answers()
         if not self.target.discards:
             self.check_memory(before, high)
+            if good:
+                self.check_rest(before, high)
         return broken
 
     def wait(self, told: Foretold, clear: bool) -> bool:
@@ -410,6 +417,18 @@ class Session:
             room = rooms[head].pop(0)  # the second is not taken before the first is back
             if length > room:
                 raise Finding(f"{length} bytes used of {room}")
+
+    def check_rest(self, before: bytes, high: bytes) -> None:
+        """What used.len does not count is as it was, but for a status byte at the end."""
+        chains = {chain.head: chain for chain, _ in self.waiting}
+        for head, length in self.answered():
+            offset = -length
+            for nr, (gpa, size) in enumerate(chains[head].writable, 1):
+                start, offset = max(0, -offset), offset + size
+                end = size - int(self.target.status and nr == len(chains[head].writable))
+                old = high[gpa - HIGH :] if gpa >= HIGH else before[gpa:]
+                if start < end and self.memory.read(gpa, end)[start:] != old[start:end]:
+                    raise Finding(f"more than {length} bytes were written, at {gpa:#x}")
 
     def check_memory(self, before: bytes, high: bytes) -> None:
         """Nothing changed but what the device may write of the queue, and what was writable."""

@@ -29,7 +29,7 @@ from vmm.memory import GuestMemory
 Request = tuple[bytes, int]
 
 SECTORS = 64
-RAM_PAGES = 256
+RAM_PAGES = 64
 
 
 def no_meaning(r: Random) -> Request:
@@ -94,8 +94,8 @@ def vsock_tx(r: Random) -> Request:
 
 
 def balloon_pages(r: Random) -> Request:
-    first = RAM_PAGES // 2
-    pages = [r.choice((first + r.randrange(99), first, r.getrandbits(32))) for _ in range(9)]
+    first = RAM_PAGES - 24
+    pages = [r.choice((first + r.randrange(24), first, r.getrandbits(32))) for _ in range(9)]
     return struct.pack("<9I", *pages), 0
 
 
@@ -117,7 +117,8 @@ class Target:
     """One device: how to make it, and for each of its queues what is asked there.
 
     ``answers``: the queues whose chains all come back, without anything from outside;
-    ``discards``: requests may give guest pages back, which then read as zeros.
+    ``discards``: requests may give guest pages back, which then read as zeros; ``status``: its
+    answers end with a byte that used.len need not count.
     """
 
     def __init__(
@@ -127,12 +128,14 @@ class Target:
         *,
         answers: tuple[int, ...] = (),
         discards: bool = False,
+        status: bool = False,
         after: Callable[[VirtioDevice], None] | None = None,
     ) -> None:
         self._make = make
         self._requests = requests
         self.answers = answers
         self.discards = discards
+        self.status = status
         self.after = after
 
     def make(self, scratch: Path) -> VirtioDevice:
@@ -189,8 +192,8 @@ def _pmem(scratch: Path) -> VirtioDevice:
 
 
 TARGETS = {
-    "blk": Target(_disk, (blk,), answers=(0,)),
-    "blk-uring": Target(_disk_uring, (blk,), answers=(0,)),
+    "blk": Target(_disk, (blk,), answers=(0,), status=True),
+    "blk-uring": Target(_disk_uring, (blk,), answers=(0,), status=True),
     "console": Target(lambda _: _Console(), (room, text), answers=(1,)),
     "net": Target(lambda _: Net(Backend()), (room, net_tx, net_ctrl), answers=(1, 2)),
     "pmem": Target(_pmem, (pmem_request,), answers=(0,)),
