@@ -168,6 +168,13 @@ def test_a_reset_does_not_wait_for_the_limit(make: Make) -> None:
     assert read(rig.driver.queues[0], 2) == pattern(2)
 
 
+def test_limits_set_before_the_machine_is(image: Path) -> None:
+    blk = Blk(str(image))
+    blk.set_limits(iops=5)
+    blk.close()
+    blk.set_limits()
+
+
 def test_limits_that_are_none(make: Make) -> None:
     rig = make()
     with pytest.raises(ValueError, match="limits"):

@@ -92,6 +92,7 @@ class Blk(VirtioDevice):
         #: and its ``resume`` retries.
         self.on_io_error: Callable[[Blk, int], None] | None = None
         self._uring = uring
+        self._limits = (spec.bps, spec.bps_burst, spec.iops, spec.iops_burst)
         self._native = ffi.NULL
         self._threads: list[IoThread] = []
         self._irqs: QueueIrqs | None = None
@@ -158,8 +159,8 @@ class Blk(VirtioDevice):
         self._native = lib.vmm_blk_create(each, config)
         if self._native == ffi.NULL:
             raise HostError(f"{self.name} ({self.path}): {os.strerror(ffi.errno)}")
-        if spec.bps or spec.iops:
-            self.set_limits(spec.bps, spec.iops, bps_burst=spec.bps_burst, iops_burst=spec.iops_burst)
+        if any(self._limits):
+            lib.vmm_blk_limit(self._native, *self._limits)
 
     def activate(self, features: int, queues: list[QueueConfig | None], irqs: QueueIrqs) -> None:
         super().activate(features, queues, irqs)
@@ -258,10 +259,12 @@ class Blk(VirtioDevice):
     ) -> None:
         """From now on at most so many bytes and requests a second on average, of all queues
         together; 0: no limit. The bursts may pass at once (0: one second's). Any thread but an I/O
-        thread, after ``attach``."""
+        thread."""
         if not all(0 <= n < 1 << 62 for n in (bps, iops, bps_burst, iops_burst)):
             raise ValueError("a disk's limits are 0 to 2**62 a second")
-        lib.vmm_blk_limit(self._native, bps, bps_burst, iops, iops_burst)
+        self._limits = (bps, bps_burst, iops, iops_burst)
+        if self._native != ffi.NULL:
+            lib.vmm_blk_limit(self._native, *self._limits)
 
     # ---- werror=pause, rerror=pause ----------------------------------------------------------------
 
