@@ -96,7 +96,7 @@ def direct(tmp_path: Path) -> Iterator[Path]:
     subprocess.run([busybox(), "mke2fs", "-F", whole], check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["mount", "-t", "ext4", "-o", "loop", whole, place], check=True)
     yield place
-    subprocess.run(["umount", place], check=True)
+    subprocess.run(["umount", "-l", place], check=True)
 
 
 def a_disk_for_each(tmp_path: Path, size: int) -> dict[str, Path]:
@@ -248,4 +248,4 @@ poweroff -f
             assert vm.wait().reason == "poweroff"
         assert disk.read_bytes() == b"w" * (6 * MIB) + bytes(10 * MIB)
     finally:
-        subprocess.run(["umount", small], check=True)
+        subprocess.run(["umount", "-l", small], check=True)
