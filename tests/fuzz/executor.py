@@ -25,7 +25,7 @@ NAMES = list(VERDICTS)
 
 class Executor(Protocol):
     #: With the ranges (0, RAM) and (HIGH, HIGH_RAM).
-    memory: GuestMemory
+    memory: Any
     regs: MmioRegs | PciRegs
     #: Of each queue, in descriptors.
     sizes: tuple[int, ...]

@@ -10,7 +10,7 @@ import pytest
 
 from tests.fuzz.executor import NAMES, InProcess
 from tests.fuzz.session import Finding, Session, foretell
-from tests.fuzz.targets import targets
+from tests.fuzz.targets import classes, targets
 from tests.virtio_ring import RINGS
 
 TARGETS = targets()
@@ -27,6 +27,16 @@ def test_whatever_a_driver_does(name: str, transport: str, tmp_path: Path) -> No
             Session(executor, target, Random(f"test/{name}/{nr}")).run()
     finally:
         executor.close()
+
+
+def test_no_device_is_left_out(tmp_path: Path) -> None:
+    """Put what is missing into tests/fuzz/targets.py."""
+    there = set()
+    for target in TARGETS.values():
+        device = target.make(tmp_path)
+        there |= set(type(device).__mro__)
+        device.close()
+    assert not {cls for cls in classes() if cls not in there}
 
 
 @pytest.mark.parametrize("form", sorted(RINGS))
