@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -121,4 +123,44 @@ def test_hints(start: Callable[..., Machine]) -> None:
     assert sum(size for _, size in hints) > 16 * MIB
     assert all(vm.memory.contains(gpa, size) for gpa, size in hints)
     vm.console.send(b"\n")
+    assert vm.wait().reason == "poweroff"
+
+
+@pytest.fixture
+def huge_pages() -> Iterator[Callable[[], int]]:
+    """A pool of 2 MiB pages; how many of them are free."""
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+    number = pool / "nr_hugepages"
+    if not os.access(number, os.W_OK):
+        pytest.skip("only root can reserve huge pages")
+    before = number.read_text()
+    number.write_text("192")
+    if int(number.read_text()) < 192:
+        number.write_text(before)
+        pytest.skip("this host has no 192 huge pages")
+    yield lambda: int((pool / "free_hugepages").read_text())
+    number.write_text(before)
+
+
+def test_huge_pages_go_back(start: Callable[..., Machine], huge_pages: Callable[[], int]) -> None:
+    """Linux gives 4 KiB at a time; a huge page is free once all of it is in the balloon."""
+    script = """\
+mount -t tmpfs -o size=160m tmp /mnt
+dd if=/dev/zero of=/mnt/file bs=1M count=128 2>/dev/null
+rm /mnt/file
+echo "vmm-guest: up"
+read line
+dd if=/dev/zero of=/mnt/file bs=1M count=128 2>/dev/null && echo "again=ok"
+"""
+    vm = start(script, "pci", balloon="0,reporting=off", hugepages=True)
+    balloon = balloon_of(vm)
+    full = huge_pages()
+    balloon.set_target(128 * MIB)
+    until(lambda: balloon.actual == 128 * MIB, "the balloon took 128 MiB")
+    assert huge_pages() >= full + 32
+    assert balloon.counts()["inflated"] >= 64 * MIB
+    balloon.set_target(0)
+    until(lambda: balloon.actual == 0, "the balloon gave all back")
+    vm.console.send("\n")
+    vm.console.expect("again=ok", timeout=BOOT_TIMEOUT)
     assert vm.wait().reason == "poweroff"
