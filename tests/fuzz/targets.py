@@ -111,6 +111,13 @@ def balloon_stats(r: Random) -> Request:
     return b"".join(struct.pack("<HQ", r.randrange(12), r.getrandbits(64)) for _ in range(5)), 0
 
 
+def balloon_hint(r: Random) -> Request:
+    """A command id, or free pages."""
+    if r.getrandbits(1):
+        return struct.pack("<I", r.choice((0, 1, 0x8000_0000, r.getrandbits(32)))), 0
+    return room(r)
+
+
 def mem_request(r: Random) -> Request:
     addr = MEM_BASE + r.choice((0, 1, 2, 7, 8, 1 << 20)) * MEM_BLOCK
     kind = r.choice((0, 1, 2, 3, 4, 0xFFFF))
@@ -208,8 +215,8 @@ def _ports(scratch: Path) -> VirtioDevice:
 TARGETS = {
     "balloon": Target(
         lambda _: Balloon(),
-        (balloon_pages, balloon_pages, balloon_stats, no_meaning, room),
-        answers=(0, 1),
+        (balloon_pages, balloon_pages, balloon_stats, balloon_hint, room),
+        answers=(0, 1, 3, 4),
         discards=True,
     ),
     "blk": Target(_disk, (blk,), answers=(0,), status=True),
