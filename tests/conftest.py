@@ -10,6 +10,7 @@ import os
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 TESTS = Path(__file__).parent
@@ -23,6 +24,9 @@ _boots = [0]
 
 
 def pytest_configure() -> None:
+    # A busy host takes its time; a test that hangs is ended by its own deadline.
+    hypothesis.settings.register_profile("vmm", deadline=None)
+    hypothesis.settings.load_profile("vmm")
     # A shell starts background jobs with SIGINT ignored, which children inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

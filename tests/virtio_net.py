@@ -43,7 +43,9 @@ class Card(Rig):
         self.kind = kind
         ours, theirs = socket.socketpair(socket.AF_UNIX, KINDS[kind])
         self.peer = ours
-        self.peer.settimeout(5)
+        self.peer.settimeout(30)
+        # Several large frames wait here while the card is not running.
+        self.peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         self.net = Net(backend or Socket(theirs.detach(), "test"), mac=MAC, **kw)
         if backend is not None:
             theirs.close()

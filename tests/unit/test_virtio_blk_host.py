@@ -138,7 +138,7 @@ def test_no_space_is_left_until_there_is(small: Path, uring: bool, kind: str) ->
         heads = {q.add([header(ZERO), segment(1024 * i, 256)], [1]) for i in range(4)}
     q.kick()
     assert event.wait(10)
-    assert told == [errno.ENOSPC]
+    assert set(told) == {errno.ENOSPC}
     rig.until(lambda: rig.blk.stats()["held"] + (q.used_idx - q.seen) == 4, "all to end or be held")
     ballast.unlink()
     rig.blk.retry()
@@ -146,7 +146,7 @@ def test_no_space_is_left_until_there_is(small: Path, uring: bool, kind: str) ->
     assert rig.blk.stats()["errors"] == rig.blk.stats()["held"] == 0
     if kind == "write":
         assert read(q, 384, 128) == data
-    assert told == [errno.ENOSPC]
+    assert set(told) == {errno.ENOSPC}
     rig.close()
 
 
