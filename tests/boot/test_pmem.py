@@ -15,6 +15,11 @@ from guests.initramfs import VIRTIO_MODULES, build, kernel_tree
 from tests.boot.conftest import UP, Boot
 from vmm.devices.virtio.pmem import ALIGN, Pmem
 
+#: The kernel adds it in the background.
+WAIT = """\
+for i in $(seq 50); do [ -b /dev/pmem0 ] && break; sleep 0.1; done
+[ -b /dev/pmem0 ] || dmesg | tail -30
+"""
 MODULES = (*VIRTIO_MODULES, "nd_pmem", "virtio_pmem")
 
 pytestmark = pytest.mark.parametrize("transport", ["pci", "mmio"])
@@ -28,7 +33,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def options(script: str, *modules: str) -> dict[str, Any]:
-    script = f'echo "{UP}"\n{script}\npoweroff -f'
+    script = f'echo "{UP}"\n{WAIT}{script}\npoweroff -f'
     archive = build(script, kernel_tree(), modules=(*MODULES, *modules))
     return {"initrds": [str(archive)]}
 

@@ -100,7 +100,9 @@ class Pmem(VirtioDevice):
 
     def attach(self, memory: GuestMemory, loop: Any) -> None:
         super().attach(memory, loop)
+        # Of its own wherever the others' are: a sync may take long.
         self._thread = IoThread(self.name)
+        self.placement.pin(self._thread.native)
         self._native = lib.vmm_pmem_create(
             self._thread.native, self._image.buffered_fd, self.QUEUE_SIZES[0]
         )
