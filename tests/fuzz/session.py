@@ -28,7 +28,7 @@ from vmm.devices.virtio.queue import Chain, Queue
 BASE, TABLES, BUFFERS, END = 0x1000, 0x4000, 0x6000, 0x1_8000
 OTHERS = 0x2_0000
 HIGH_USED = 1 << 16  # half of it for buffers
-RING_RESET = 1 << 40
+IN_ORDER, RING_RESET = 1 << 35, 1 << 40
 #: The device may fill the ring itself then, and nothing can be said about what comes next.
 WILD = {"addr_ring"}
 NAMES = sorted(MUTATIONS)
@@ -411,7 +411,11 @@ class Session:
         rooms: dict[int, list[int]] = {}
         for chain, _ in self.waiting:
             rooms.setdefault(chain.head, []).append(chain.write_len)
-        for head, length in self.answered():
+        answers = self.answered()
+        order = [chain.head for chain, _ in self.waiting[: len(answers)]]
+        if self.features & IN_ORDER and [head for head, _ in answers] != order:
+            raise Finding(f"IN_ORDER, and {answers} came of {order}")
+        for head, length in answers:
             if not rooms.get(head):
                 raise Finding(f"head {head} was answered too often, or was never offered")
             room = rooms[head].pop(0)  # the second is not taken before the first is back

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from tests.fuzz.executor import NAMES, InProcess
-from tests.fuzz.session import Finding, Session, foretell
+from tests.fuzz.session import IN_ORDER, Finding, Session, foretell
 from tests.fuzz.targets import classes, targets
 from tests.virtio_ring import RINGS
 
@@ -74,6 +74,10 @@ def test_what_is_wrong_is_found(form: str, tmp_path: Path) -> None:
         use(chain.write_len, chain.head)
         s.check_answers()
         use(chain.write_len, chain.head)
+        s.features |= IN_ORDER
+        with pytest.raises(Finding, match="IN_ORDER"):
+            s.check_answers()
+        s.features &= ~IN_ORDER
         with pytest.raises(Finding, match="too often"):
             s.check_answers()
         s.end()

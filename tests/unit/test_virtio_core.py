@@ -106,6 +106,22 @@ def test_a_packed_queue_is_judged_when_enabled(transport: str) -> None:
         rig.close()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_longest_queue(transport: str, packed: bool) -> None:
+    class Long(Recorder):
+        QUEUE_SIZES = (32768,)
+
+    device = Long()
+    rig = Rig(device, transport, packed=packed)
+    rig.driver.negotiate()
+    assert rig.regs.queue_max(0) == 32768
+    rig.regs.set_queue(0, 32768, 0x10_0000, 0x20_0000, 0x30_0000)
+    assert rig.regs.enable(0)
+    rig.regs.status = rig.regs.status | DRIVER_OK
+    assert device.log == [("start", 0, 32768, 0x10_0000)]
+    rig.close()
+
+
 def test_a_broken_packed_queue_needs_a_reset(transport: str) -> None:
     rig = Rig(Rng(), transport, packed=True)
     rig.driver.start()

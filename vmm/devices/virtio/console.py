@@ -33,6 +33,7 @@ class Console(VirtioDevice):
     DEVICE_ID = 3
     QUEUE_SIZES = (64, 64)
     DIRECT_QUEUES = (1,)
+    IN_ORDER = True
     KERNEL_CONFIG = "CONFIG_VIRTIO_CONSOLE"
 
     def __init__(
