@@ -116,8 +116,9 @@ class OverSocket:
             argv[-3] += ",packed=on"
             argv[-1] = argv[-1].removesuffix(",packed=on")
         self.qtest = Qtest("-M", f"{machine},{_LAYOUT}", *argv)
-        self.memory = Mirror(self.qtest)
-        bus_there = _Registers(self.qtest, self.memory)
+        self._mirror = Mirror(self.qtest)
+        self.memory: GuestMemory = self._mirror
+        bus_there = _Registers(self.qtest, self._mirror)
         self.regs: MmioRegs | PciRegs
         if transport == "mmio":
             self.regs = MmioRegs(bus_there, _MMIO)
@@ -138,7 +139,7 @@ class OverSocket:
         return None
 
     def settle(self) -> None:
-        self.memory.flush()
+        self._mirror.flush()
         self.qtest.clock_step()
 
     def close(self) -> None:

@@ -42,6 +42,7 @@ def test_a_log_is_a_trace(tmp_path: Path) -> None:
         rig.settle()
         assert q.used_idx == 2
     trace = Trace(log.read_text().splitlines())
+    assert trace.args is not None
     assert trace.args == ["-M", "microvm", "-m", "16", "-device", "virtio-rng-device"]
     assert replay(trace, trace.args, check=True) == ""
     assert replay(trace, [*trace.args, "-device", "virtio-rng-device"], check=True) == ""

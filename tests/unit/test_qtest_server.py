@@ -84,6 +84,34 @@ def test_qmp_leaves_and_qtest_stays() -> None:
         assert q.command("endianness") == "little"
 
 
+def test_the_command_line_of_qemus_own_programs(tmp_path: Path) -> None:
+    """As libqtest starts a server: it listens at both, and the monitor is a -chardev."""
+    listeners = [socket.socket(socket.AF_UNIX) for _ in range(2)]
+    for listener, name in zip(listeners, ("qtest", "qmp"), strict=True):
+        listener.settimeout(60)
+        listener.bind(str(tmp_path / name))
+        listener.listen(1)
+    argv = [
+        *(*VMM, "-qtest", f"unix:{tmp_path}/qtest", "-qtest-log", "/dev/null"),
+        *("-chardev", f"socket,path={tmp_path}/qmp,id=char0"),
+        *("-mon", "chardev=char0,mode=control", "-display", "none", "-audio", "none"),
+        *("-run-with", "exit-with-parent=on", "-machine", "none", "-accel", "qtest"),
+    ]
+    with subprocess.Popen(argv, cwd=ROOT) as process:
+        qtest, qmp = (listener.accept()[0] for listener in listeners)
+        for sock in (qtest, qmp):
+            sock.settimeout(60)
+        assert qmp.recv(1000).startswith(b'{"QMP": ')
+        qmp.sendall(b"{ 'execute': 'qmp_capabilities' }\n".replace(b"'", b'"'))
+        assert qmp.recv(1000) == b'{"return": {}}\r\n'
+        qtest.sendall(b"endianness\n")
+        assert qtest.recv(1000) == b"OK little\n"
+        process.terminate()
+        assert process.wait(60) == 0
+    for sock in (qtest, qmp, *listeners):
+        sock.close()
+
+
 def test_quit_ends_it() -> None:
     q = Qtest(*RNG, qmp=True)
     assert q.qmp("quit") == {}

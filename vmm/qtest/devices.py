@@ -56,6 +56,7 @@ _OPTIONS = {
     "deflate-on-oom": "deflate_on_oom",
     "free-page-reporting": "reporting",
 }
+_WATCHDOG_ACTIONS = ("reset", "poweroff", "pause", "none")
 _PORTS = ("virtconsole", "virtserialport")
 
 
@@ -87,10 +88,13 @@ class Wanted(DeviceSpec):
 class Maker:
     """Turns properties into devices, for a machine with one kind of transport."""
 
-    def __init__(self, backends: Backends, transport: str, clock: Callable[[], float]) -> None:
-        """``clock``: seconds, for devices that count them."""
+    def __init__(
+        self, backends: Backends, transport: str, clock: Callable[[], float], watchdog: str
+    ) -> None:
+        """``clock``: seconds, for devices that count them; ``watchdog``: what one does."""
         self._backends = backends
         self._clock = clock
+        self._watchdog_action = watchdog
         self._transport = transport
         self._counts: dict[str, int] = {}
         #: Consoles that QMP can read and write (chardev ringbuf), by name.
@@ -189,7 +193,13 @@ class Maker:
         return lambda board: Blk(spec, name=name, uring=drive.uring)
 
     def _watchdog(self, props: Props, name: str) -> Callable[[Board], Device]:
-        action = props.take("action", "reset")
+        action = props.take("action", self._watchdog_action)
+        action = {"shutdown": "poweroff", "debug": "none", "inject-nmi": "none"}.get(action, action)
+        if action not in _WATCHDOG_ACTIONS:
+            raise ConfigError(
+                f"-device i6300esb: {action} is not an action; those are reset, "
+                "poweroff, pause, none."
+            )
         return lambda board: Watchdog(action, clock=self._clock)
 
     def _rng(self, props: Props, name: str) -> Callable[[Board], Device]:

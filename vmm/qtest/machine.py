@@ -94,7 +94,8 @@ class QtestMachine:
         spec = self.spec
         self.backends = Backends(spec)
         self._closers.append(self.backends.close)
-        self.maker = Maker(self.backends, spec.transport, lambda: self.clock / 1e9)
+        watchdog = spec.action.get("watchdog", "reset")
+        self.maker = Maker(self.backends, spec.transport, lambda: self.clock / 1e9, watchdog)
         wanted = self.maker.all(spec.devices) if spec.machine != "none" else []
         cold = wanted if spec.transport == "mmio" else []
         # What is placed behind RAM goes by its size.

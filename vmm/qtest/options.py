@@ -40,9 +40,9 @@ _SWITCHES = {
     "-no-fd-bootchk", "-no-shutdown", "-only-migratable",
 }  # fmt: skip
 _DROPPED = {
-    "-audio", "-audiodev", "-bios", "-boot", "-cpu", "-display", "-L", "-msg", "-name", "-net",
-    "-nic", "-overcommit", "-parallel", "-pidfile", "-sandbox", "-seed", "-smbios", "-smp",
-    "-trace", "-uuid", "-vga", "-watchdog-action", "-icount", "-d", "-D",
+    "-audio", "-audiodev", "-bios", "-boot", "-compat", "-cpu", "-display", "-L", "-msg", "-name",
+    "-net", "-nic", "-overcommit", "-parallel", "-pidfile", "-run-with", "-sandbox", "-seed",
+    "-smbios", "-smp", "-trace", "-uuid", "-vga", "-icount", "-d", "-D",
 }  # fmt: skip
 #: Of those, what would ask for a thing that is not there.
 _ONLY_NONE = {"-net", "-nic", "-parallel"}
@@ -328,6 +328,10 @@ def _action(spec: Spec, text: str) -> None:
     spec.action |= pairs("-action", text).pairs
 
 
+def _watchdog(spec: Spec, text: str) -> None:
+    spec.action["watchdog"] = text
+
+
 _READERS: dict[str, Callable[[Spec, str], None]] = {
     "-machine": _machine,
     "-M": _machine,
@@ -348,6 +352,7 @@ _READERS: dict[str, Callable[[Spec, str], None]] = {
     "-qtest-log": _qtest_log,
     "-rtc": _rtc,
     "-action": _action,
+    "-watchdog-action": _watchdog,
 }
 
 
