@@ -106,6 +106,7 @@ struct order {
 	uint32_t port, queue;
 	const char *name;
 	int console, fd, out_only, listen_fd;
+	uint64_t limit;
 	uint16_t columns, rows;
 	const struct vmm_service_config *config;
 	struct vmm_port_state *out;
@@ -134,14 +135,15 @@ static void set(void *arg)
 	port->console = o->console;
 	port->out_only = o->out_only;
 	port->listen_fd = o->listen_fd;
+	port->limit = o->limit;
 	o->rc = o->fd >= 0 ? port_connect(port, o->fd, false) : port_watch(port);
 }
 
 int vmm_ports_set(struct vmm_ports *p, uint32_t port, const char *name, int console, int fd,
-		  int out_only, int listen_fd)
+		  int out_only, int listen_fd, uint64_t limit)
 {
 	struct order o = { .p = p, .port = port, .name = name, .console = console, .fd = fd,
-			   .out_only = out_only, .listen_fd = listen_fd };
+			   .out_only = out_only, .listen_fd = listen_fd, .limit = limit };
 
 	return carry_out(&o, set);
 }

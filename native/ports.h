@@ -23,9 +23,9 @@ struct vmm_ports *vmm_ports_create(struct vmm_loop *loop, uint32_t nr, uint16_t 
 void vmm_ports_destroy(struct vmm_ports *p);
 /* Before the guest starts. fd: written to, and read from unless `out_only`; -1 for none. Clients of
  * listen_fd (nonblocking, or -1) take turns. Both are borrowed. console: the guest shall make it a
- * terminal. 0 or -errno. */
+ * terminal. After `limit` bytes of the guest (0: none) fd is left with -EFBIG. 0 or -errno. */
 int vmm_ports_set(struct vmm_ports *p, uint32_t port, const char *name, int console, int fd,
-		  int out_only, int listen_fd);
+		  int out_only, int listen_fd, uint64_t limit);
 /* A connected, nonblocking socket becomes the client of a port that has none. fd is taken in any
  * case. 0, -EBUSY or another -errno. */
 int vmm_ports_adopt(struct vmm_ports *p, uint32_t port, int fd);

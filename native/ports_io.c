@@ -114,9 +114,16 @@ void port_event(struct port *port, uint32_t events)
 /* Bytes written; 0 when there is no room or nobody there. */
 static uint32_t put(struct port *port, const struct iovec *iov)
 {
-	const size_t len = iov->iov_len < PIECE ? iov->iov_len : PIECE;
+	size_t len = iov->iov_len < PIECE ? iov->iov_len : PIECE;
 	ssize_t n;
 
+	if (port->limit && len > port->limit - port->state.sent) {
+		len = port->limit - port->state.sent;
+		if (!len) {
+			port_hangup(port, -EFBIG);
+			return 0;
+		}
+	}
 	/* SAFETY: the iov is RAM; the kernel reads no more than its length. */
 	do
 		n = port->socket ? send(port->fd, iov->iov_base, len, MSG_DONTWAIT | MSG_NOSIGNAL)

@@ -25,6 +25,7 @@ struct port {
 	bool own;      /* fd is a client, closed when it is done */
 	bool out_only; /* fd is not read */
 	bool socket, watched, readable;
+	uint64_t limit; /* of what the guest sends, or 0 */
 	uint32_t serial; /* tells clients apart */
 	bool ready;	 /* the guest has made its side of the port */
 	uint8_t owed;

@@ -367,6 +367,20 @@ def test_file(tmp_path: Path) -> None:
     rig.close()
 
 
+def test_a_file_with_a_limit(tmp_path: Path) -> None:
+    rig = PortRig("mmio", Port("log", f"{tmp_path}/f", limit=25))
+    rig.bring_up()
+    for _ in range(3):
+        rig.write(0, b"0123456789")
+        rig.wrote(0)
+    assert (tmp_path / "f").read_text() == "0123456789012345678901234"
+    assert rig.told() == (0, OPEN, 0, b"")
+    state = rig.ports.ports[0].state
+    assert (state["sent"], state["dropped"]) == (25, 5)
+    assert os.strerror(state["error"]) == "File too large"
+    rig.close()
+
+
 def test_a_file_that_fails() -> None:
     """The guest is told that nobody is there, and goes on."""
     rig = PortRig("mmio", Port("full", "/dev/full"))
@@ -457,8 +471,16 @@ def test_options_that_are_wrong(text: str, said: str) -> None:
         MachineConfig(port=text)
 
 
+def test_a_limit_is_for_a_file() -> None:
+    for target in (None, "pty", "unix:/x"):
+        with pytest.raises(ConfigError, match="a limit is for a file"):
+            Port("a", target, limit=1)
+
+
 def test_options(tmp_path: Path) -> None:
-    config = MachineConfig(port=[f"a,target=unix:{tmp_path}/s", f"b,target={tmp_path}/f,console"])
+    config = MachineConfig(
+        port=[f"a,target=unix:{tmp_path}/s", f"b,target={tmp_path}/f,console,limit=2K"]
+    )
     memory = GuestMemory([(0, 1 << 20)])
     board = Board(config, memory, IrqChip())
     board.plug_users()
@@ -466,6 +488,7 @@ def test_options(tmp_path: Path) -> None:
     ports = board.virtio[0]
     assert isinstance(ports, Ports)
     assert [(p.label, p.console, p.id) for p in ports.ports] == [("a", False, 0), ("b", True, 1)]
+    assert [p.limit for p in ports.ports] == [0, 2048]
     assert len(ports.QUEUE_SIZES) == 6
     with pytest.raises(ConfigError, match="Two ports are called a"):
         board.plug_users()

@@ -16,7 +16,7 @@ from vmm.devices.virtio.device import VirtioDevice
 from vmm.errors import ConfigError, HostError
 from vmm.listener import Listener
 from vmm.options import Field
-from vmm.values import parse_path
+from vmm.values import parse_path, parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ class Port(Device):
 
     ``target``: ``unix:PATH`` (a socket that is made; its clients take turns), ``pty`` (``path``
     names it), the path of a file, which is replaced and takes what the guest writes, or None: only
-    ``connect`` reaches it. ``console``: the guest makes it a terminal, hvcN in Linux. Host files
+    ``connect`` reaches it. ``limit``: how many bytes a file takes (0: any number); then the guest
+    finds nobody there, as when the host's disk is full. ``console``: the guest makes it a terminal, hvcN in Linux. Host files
     are opened by ``plug``, which raises ConfigError, HostError.
     """
 
@@ -70,21 +71,30 @@ class Port(Device):
     OPTIONS = (
         Field("name", "what the guest calls it", _parse_name, first=True, required=True),
         Field("target", "unix:PATH, pty or a file", _parse_target, required=True),
+        Field(
+            "limit", "how much the guest may write to a file, default any", parse_size,
+            metavar="SIZE",
+        ),
         Field("console", "make it a terminal in the guest (hvcN)", None, default=False),
     )
 
     @classmethod
     def from_options(cls, options: Options, board: Board) -> Port:
-        return cls(options.name, options.target, console=options.console)
+        return cls(options.name, options.target, console=options.console, limit=options.limit or 0)
 
-    def __init__(self, label: str, target: str | None = None, *, console: bool = False) -> None:
+    def __init__(
+        self, label: str, target: str | None = None, *, console: bool = False, limit: int = 0
+    ) -> None:
         try:
             self.label = _parse_name(label)
         except ValueError as e:
             raise ConfigError(f"The name of a port {e}, not {label!r}.") from None
+        if limit and (target in (None, "pty") or str(target).startswith(_SOCKET)):
+            raise ConfigError(f"Port {label}: a limit is for a file.")
         self.name = f"port-{label}"
         self.target = target
         self.console = console
+        self.limit = limit
         #: What the user connects to: the pty's or the socket's path.
         self.path: str | None = None
         self.listener: Listener | None = None
@@ -223,7 +233,7 @@ class Ports(VirtioDevice):
             out_only = port.target != "pty"
             rc = lib.vmm_ports_set(
                 self._native, port.id, port.label.encode(), port.console, port.fd,
-                out_only and port.fd >= 0, listen_fd,
+                out_only and port.fd >= 0, listen_fd, port.limit,
             )  # fmt: skip
             if rc:
                 raise HostError(
