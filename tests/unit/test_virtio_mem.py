@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.memory_cost import resident
 from tests.virtio_rig import TRANSPORTS, Rig
+from vmm import Machine
 from vmm._native import lib
 from vmm.board import Board
 from vmm.config import MachineConfig
@@ -344,3 +346,20 @@ def test_memory_that_is_not_lent_is_never_given_back() -> None:
     assert memory.read(BASE, 14) == b"somebody's own"
     memory.close()
     lib.vmm_ram_unmap(ptr, MIB)
+
+
+def test_a_machine_has_it_above_ram_and_says_so(tmp_path: Path) -> None:
+    kernel = tmp_path / "flat"
+    kernel.write_bytes(b"\xf4")  # hlt
+    words = "memory_hotplug.online_policy=auto-movable"
+    plain, facts = (
+        Machine(kernel=kernel, boot="flat", memory="64M", virtio_mem=wanted).describe()
+        for wanted in (None, ["1G,requested=64M", "256M,block=4M"])
+    )
+    assert words not in plain["command_line"]
+    assert facts["command_line"].count(words) == 1
+    assert facts["memory"][:-2] == plain["memory"]
+    assert facts["memory"][-2:] == [
+        {"base": 4 << 30, "size": 1 << 30, "type": "device"},
+        {"base": 6 << 30, "size": 1 << 28, "type": "device"},
+    ]
