@@ -267,6 +267,65 @@ def test_row_12_any_features_and_any_length(bench: Bench) -> None:
     bench.works()
 
 
+def values_that_lie(sent: bytes) -> Iterator[bytes]:
+    """A request with its first byte, then each byte of its header, as it should not be."""
+    for value in range(256):
+        yield bytes((value,)) + sent[1:]
+    for at in range(min(len(sent), 44)):
+        for value in (0, 1, 0x7F, 0x80, 0xFF):
+            yield sent[:at] + bytes((value,)) + sent[at + 1 :]
+
+
+def test_rows_11_and_13_requests_that_lie(bench: Bench) -> None:
+    """Every type, and counts, lengths and addresses in commands that are not true: each is answered
+    as the device answers errors, or breaks the queue for that."""
+    for queue in bench.target.answers:
+        ring = bench.start(queue, "split", size=16)
+        if bench.executor.broken():
+            continue
+        sent, room = bench.target.request(queue, Random(7))
+        for request in values_that_lie(sent) if sent else ():
+            bench.memory.write(BUF, request)
+            ring.add([(BUF, len(request))], [(BUF + 4096, room)] if room else [])
+            bench.regs.notify(queue)
+            if bench.target.discards:  # the ring itself, it may be
+                bench.executor.settle()
+                ring = bench.start(queue, "split", size=16)
+                continue
+            while not bench.executor.broken() and ring.chains:
+                bench.executor.settle()
+                ring.reap()
+            if bench.executor.broken():
+                assert bench.executor.breaks(queue)[1] == "request"
+                ring = bench.start(queue, "split", size=16)
+    bench.works()
+
+
+def test_row_14_nothing_but_the_answer_is_written(bench: Bench, form: str) -> None:
+    """What used.len does not count is as the driver left it, but for a status at the end."""
+    r = Random(8)
+    for queue in bench.target.answers:
+        for _ in range(25):
+            ring = bench.start(queue, form, size=16)
+            sent, room = bench.target.request(queue, r)
+            if bench.executor.broken() or not room:
+                continue
+            bench.memory.write(BUF, sent)
+            bench.memory.write(BUF + 8192, b"\xa5" * 8192)
+            ring.add([(BUF, len(sent))] if sent else [], [(BUF + 8192, room)])
+            bench.regs.notify(queue)
+            done: list[tuple[int, int]] = []
+            while not bench.executor.broken() and not done:
+                bench.executor.settle()
+                done = ring.reap()
+            written = done[0][1] if done else 0
+            end = room - int(bench.target.status)
+            rest = bench.memory.read(BUF + 8192, 8192)
+            assert rest[written:end].strip(b"\xa5") == b""
+            assert rest[room:].strip(b"\xa5") == b""
+    bench.works()
+
+
 def test_row_17_a_device_does_no_dma_to_devices(bench: Bench, form: str) -> None:
     """Its own registers, and whatever else is not RAM, as buffer, table and queue."""
     regs = bench.regs
