@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.qtest_client import PortBus, Qtest, QtestError, QtestRig
-from tests.virtio_mock import EVENT_IDX, PciConfig, PciRegs
+from tests.qtest_client import RAM, MemoryBus, PortBus, Qtest, QtestError, QtestRig, RemoteMemory
+from tests.virtio_mock import EVENT_IDX, Driver, PciConfig, PciRegs
 
 Boot = Callable[..., QtestRig]
 
@@ -381,3 +381,38 @@ def test_persistent_memory(boot: Boot, tmp_path: Path) -> None:
     assert rig.regs.device_id() == 27
     assert rig.regs.config(8, 8) == 2 << 20
     assert rig.driver.queues[0].request([struct.pack("<I", 0)], [4]) == (4, bytes(4))
+
+
+def test_a_disk_that_comes_and_goes(tmp_path: Path) -> None:
+    """Its lock goes with it."""
+    image = tmp_path / "image"
+    image.write_bytes(b"q" * 8192)
+    with Qtest("-M", "pc", "-drive", f"if=none,id=d,format=raw,file={image}", qmp=True) as q:
+        for _ in range(3):
+            assert q.qmp("device_add", driver="virtio-blk-pci", drive="d", id="x", addr="6") == {}
+            config = PciConfig(PortBus(q), 6)
+            config.w(0x10, 4, 0xE000_0000)
+            driver = Driver(PciRegs(MemoryBus(q), config), RemoteMemory(q, RAM))
+            driver.start()
+            request = [struct.pack("<IIQ", 0, 0, 1)]
+            assert driver.queues[0].request(request, [512, 1]) == (513, b"q" * 512 + b"\0")
+            with pytest.raises(QtestError, match="already in use"):
+                q.qmp("device_add", driver="virtio-blk-pci", drive="d", id="y")
+            driver.queues[0].add(request, [512, 1])
+            driver.queues[0].kick()
+            assert q.qmp("device_del", id="x") == {}
+            assert config.r(0, 4) == 0xFFFF_FFFF
+
+
+def test_com1() -> None:
+    args = ("-M", "x86", "-chardev", "ringbuf,id=c0", "-serial", "chardev:c0")
+    with Qtest(*args, qmp=True) as q:
+        q.command("irq_intercept_in ioapic")
+        for byte in b"hello":
+            q.port_out(0x3F8, 1, byte)
+        assert q.qmp("ringbuf-read", device="c0", size=9) == "hello"
+        q.port_out(0x3F9, 1, 2)  # transmitter empty
+        q.port_out(0x3FC, 1, 8)
+        assert q.levels == {4: 1}
+        assert q.port_in(0x3FA, 1) & 0xF == 2
+        assert q.levels == {4: 0}

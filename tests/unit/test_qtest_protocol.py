@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -439,9 +440,11 @@ def test_qmp_plugs(client: Client, talk: Protocol) -> None:
     assert client.events[-1]["data"] == {"device": "n", "path": "/machine/peripheral/n"}
     assert one(talk, "inl 0xcfc") == "OK 0xffffffff"
     assert client.run("device_del", id="n")["class"] == "DeviceNotFound"
-    for _ in range(100):  # nothing is kept of them
+    files = len(os.listdir("/proc/self/fd"))
+    for _ in range(100):
         assert client.run("device_add", driver="virtio-rng-pci", id="n") == {}
         assert client.run("device_del", id="n") == {}
+    assert len(os.listdir("/proc/self/fd")) == files
 
 
 def test_qmp_resets(client: Client, talk: Protocol) -> None:

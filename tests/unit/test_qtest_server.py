@@ -64,6 +64,21 @@ def test_the_debug_exit_port_ends_it() -> None:
     assert done.returncode == 33
 
 
+def test_a_reset_comes_before_the_next_command() -> None:
+    """And nothing after the end, though it was sent."""
+    text = "writeb 0x1000 1\noutb 0x70 0xf\noutb 0x71 7\noutl 0xcf8 0x80001004\noutl 0xcfc 0x6\n"
+    text += "outb 0xcf9 6\ninl 0xcf8\noutl 0xcf8 0x80001004\ninw 0xcfc\nreadb 0x1000\n"
+    done = run(*RNG, "-device", "isa-debug-exit", text=text + "outb 0xf4 0\nendianness\n")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[6:] == [
+        "OK 0x0000",
+        "OK",
+        "OK 0x0000",
+        "OK 0x0000000000000001",
+        "OK",
+    ]
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_it(how: signal.Signals) -> None:
     assert Qtest(*RNG).close(how) == 0

@@ -123,6 +123,10 @@ class QtestMachine:
         if spec.machine == "none":
             return
         self._arch.build(self.board)
+        if spec.serial.startswith("chardev:"):
+            # The console's ring of COM1, by the name it was given.
+            lines = {line.name: line for line in self.board.consoles}
+            self.maker.rings[spec.serial[8:]] = lines["serial"]
         if spec.transport == "pci":
             self._lay_out()
             for item in wanted:

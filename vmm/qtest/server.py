@@ -21,17 +21,21 @@ from vmm.qtest.sockets import BACKLOG, Connection, Log, Place, register
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 _FAREWELL_MS = 1000
 
 
 class QtestTalk:
-    """The qtest protocol with one client: lines."""
+    """The qtest protocol with one client: lines. ``after`` is called when one was carried out, and
+    says whether the next may be."""
 
-    def __init__(self, protocol: Protocol, log: Log) -> None:
+    def __init__(self, protocol: Protocol, log: Log, after: Callable[[], bool]) -> None:
         self._protocol = protocol
         self._log = log
+        self._after = after
+        self._over = False
         self._seen = 0
         self._skipping = False
         protocol.forget()
@@ -41,6 +45,8 @@ class QtestTalk:
         return b""
 
     def take(self, data: bytearray) -> bytes | None:
+        if self._over:
+            return None
         end = data.find(b"\n", self._seen)
         if end < 0 and len(data) <= MAX_LINE:
             self._seen = len(data)
@@ -58,7 +64,9 @@ class QtestTalk:
         if too_long:
             return self.tell(["FAIL a line is too long"])
         self._log.say("R", line)
-        return self.tell(self._protocol.answer(line))
+        told = self.tell(self._protocol.answer(line))
+        self._over = not self._after()
+        return told
 
     def tell(self, lines: list[str]) -> bytes:
         for line in lines:
@@ -91,13 +99,21 @@ class Server:
             raise ConfigError("-qtest is needed, once: -qtest unix:PATH[,server=on], or stdio.")
         where = endpoint(spec, "-qtest", spec.qtest[0])
         if where is not None:
-            self._qtest = Place("-qtest", where, lambda: QtestTalk(self._protocol, self._log))
+            self._qtest = Place("-qtest", where, self._talk)
         for text in spec.qmp:
             at = endpoint(spec, "-qmp", text)
             if at is not None:
                 self._qmp.append(Place("-qmp", at, self._session))
         if self._qtest is None and not self._qmp:
             raise ConfigError("-qtest none needs a -qmp: nobody could reach the machine.")
+
+    def _talk(self) -> QtestTalk:
+        return QtestTalk(self._protocol, self._log, self._go_on)
+
+    def _go_on(self) -> bool:
+        """What a command led to, before the next one."""
+        self._look_at_ends()
+        return self.status is None
 
     def _session(self) -> Session:
         return Session(self.machine, self._tell, self.end)
