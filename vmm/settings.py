@@ -240,8 +240,8 @@ SETTINGS = (
     ),
     Setting(
         "io_threads", "--io-threads", "Devices",
-        "Which threads of the host serve the queues of disks: the machine's one I/O thread, one "
-        "for each disk, or one for each queue.",
+        "Which threads of the host serve disks, network cards and whatever else moves much data: "
+        "the machine's one I/O thread, one for each device, or, for disks, one for each queue.",
         choices=("shared", "device", "queue"), default="device", metavar="WHICH",
     ),
     Setting(
@@ -251,7 +251,7 @@ SETTINGS = (
     ),
     Setting(
         "io_poll", "--io-poll", "Devices",
-        "Let an I/O thread of a disk look for work for so many microseconds before it sleeps, "
+        "Let an I/O thread of a device look for work for so many microseconds before it sleeps, "
         "while work comes that fast: less latency for CPU time.",
         parse=values.parse_count, metavar="US", default=0, types=(str, int),
     ),
