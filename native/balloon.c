@@ -58,7 +58,7 @@ bool vmm_balloon_tired(struct vmm_balloon_queue *q, uint64_t cost, uint64_t limi
 	return true;
 }
 
-/* ---- giving back ---------------------------------------------------------------------------- */
+/* ---- giving back -------------------------------------------------------------------------- */
 
 static void discard(struct vmm_balloon *b, uint64_t gpa, uint64_t len, _Atomic uint64_t *count)
 {
@@ -146,8 +146,10 @@ static int serve_pages(struct vmm_service *s)
 
 	if (rc != VMM_VQ_CHAIN)
 		return rc;
-	if (!q->chain.read_len || q->chain.read_len % sizeof(pfns[0]))
-		return vmm_balloon_refuse(q); /* virtio-v1.3 §5.5.6: an array of 32-bit page numbers */
+	if (!q->chain.read_len || q->chain.read_len % sizeof(pfns[0])) {
+		/* virtio-v1.3 §5.5.6: an array of 32-bit page numbers. */
+		return vmm_balloon_refuse(q);
+	}
 	while (q->offset < q->chain.read_len && !rest) {
 		const size_t n = vmm_iov_read(q->chain.iov, q->chain.nr_read, q->offset, pfns,
 					      sizeof(pfns)) /
@@ -186,8 +188,10 @@ static int serve_report(struct vmm_service *s)
 
 	if (rc != VMM_VQ_CHAIN)
 		return rc;
-	if (!q->chain.write_len)
-		return vmm_balloon_refuse(q); /* virtio-v1.3 §5.5.6.7: free pages are for the device to change */
+	if (!q->chain.write_len) {
+		/* virtio-v1.3 §5.5.6.7: free pages are for the device to change. */
+		return vmm_balloon_refuse(q);
+	}
 	for (uint32_t i = 0; i < q->chain.nr_write && !b->keep_reported; i++) {
 		const struct iovec *iov = &q->chain.iov[q->chain.nr_read + i];
 		uint64_t gpa;
@@ -196,10 +200,12 @@ static int serve_report(struct vmm_service *s)
 			discard(b, gpa, iov->iov_len, &b->reported);
 	}
 	vmm_balloon_finish(q);
-	return vmm_balloon_tired(q, q->chain.write_len, TURN_BYTES) ? VMM_SERVICE_WAIT : VMM_VQ_CHAIN;
+	if (vmm_balloon_tired(q, q->chain.write_len, TURN_BYTES))
+		return VMM_SERVICE_WAIT;
+	return VMM_VQ_CHAIN;
 }
 
-/* ---- life --------------------------------------------------------------------------------------- */
+/* ---- life --------------------------------------------------------------------------------- */
 
 void vmm_balloon_keep_reported(struct vmm_balloon *b, int keep)
 {
@@ -208,7 +214,10 @@ void vmm_balloon_keep_reported(struct vmm_balloon *b, int keep)
 
 void vmm_balloon_counts(struct vmm_balloon *b, struct vmm_balloon_counts *out)
 {
-	*out = (struct vmm_balloon_counts){ b->inflated, b->reported, b->ignored, b->failed };
+	out->inflated = b->inflated;
+	out->reported = b->reported;
+	out->ignored = b->ignored;
+	out->failed = b->failed;
 }
 
 static int (*const SERVE[VMM_BALLOON_NR_QUEUES])(struct vmm_service *s) = {

@@ -9,7 +9,7 @@
 /* Bytes of hints before other sources get a turn. */
 #define TURN_BYTES (1ULL << 32)
 
-/* ---- statistics ------------------------------------------------------------------------------- */
+/* ---- statistics --------------------------------------------------------------------------- */
 
 static void read_stats(struct vmm_balloon *b, const struct vmm_chain *c)
 {
@@ -123,7 +123,7 @@ uint32_t vmm_balloon_stats(struct vmm_balloon *b, struct vmm_balloon_stat *out)
 	return n;
 }
 
-/* ---- free page hints -------------------------------------------------------------------------- */
+/* ---- free page hints ---------------------------------------------------------------------- */
 
 int vmm_balloon_serve_hint(struct vmm_service *s)
 {
@@ -154,7 +154,9 @@ int vmm_balloon_serve_hint(struct vmm_service *s)
 	}
 	pthread_mutex_unlock(&b->lock);
 	vmm_balloon_finish(q);
-	return vmm_balloon_tired(q, q->chain.write_len, TURN_BYTES) ? VMM_SERVICE_WAIT : VMM_VQ_CHAIN;
+	if (vmm_balloon_tired(q, q->chain.write_len, TURN_BYTES))
+		return VMM_SERVICE_WAIT;
+	return VMM_VQ_CHAIN;
 }
 
 int vmm_balloon_collect(struct vmm_balloon *b, uint32_t id)

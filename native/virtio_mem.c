@@ -29,7 +29,7 @@ struct vmm_virtio_mem {
 
 _Static_assert(sizeof(struct virtio_mem_config) == VMM_VIRTIO_MEM_CONFIG, "virtio-v1.3 §5.15.4");
 
-/* ---- blocks; the lock is held ------------------------------------------------------------------- */
+/* ---- blocks; the lock is held ------------------------------------------------------------- */
 
 static uint64_t usable_for(const struct vmm_virtio_mem *m)
 {
@@ -160,7 +160,7 @@ static void publish(struct vmm_virtio_mem *m, bool notify)
 	vmm_virtio_config(m->virtio, config, sizeof(config), notify);
 }
 
-/* ---- the queue ---------------------------------------------------------------------------------- */
+/* ---- the queue ---------------------------------------------------------------------------- */
 
 static void answer(struct vmm_virtio_mem *m, const struct virtio_mem_req *req,
 		   struct virtio_mem_resp *resp)
@@ -214,7 +214,7 @@ static int serve(struct vmm_service *s)
 	return VMM_VQ_CHAIN;
 }
 
-/* ---- life --------------------------------------------------------------------------------------- */
+/* ---- life --------------------------------------------------------------------------------- */
 
 struct vmm_virtio_mem *vmm_virtio_mem_create(struct vmm_loop *loop,
 					     const struct vmm_virtio_mem_config *config)
