@@ -244,10 +244,15 @@ class PackedRing(DriverRing):
         return ident
 
     def publish(self, head: int) -> None:
-        """The flags of the first descriptor; for an id that was not placed, a chain of its own."""
+        """The flags of the first descriptor; for what was published before, all of it once more;
+        for an id that was never placed, a chain of its own."""
         if head in self._waiting:
             at, flags = self._waiting.pop(head)
             self.memory.write_int(self.place_of(at) + 14, flags, 2)
+        elif head in self.chains:
+            for slot in self.chains[head]:
+                desc = struct.unpack("<QIHH", self.memory.read(self.place_of(slot), 16))
+                self.raw(desc[0], desc[1], desc[3] & 7, head)
         else:
             self.raw(self.desc, 16, 0, head)
 

@@ -572,18 +572,19 @@ def test_a_driver_that_rewrites_while_the_device_walks(memory: GuestMemory, form
     thread = threading.Thread(target=flip)
     thread.start()
     verdicts = set()
+    rounds = 0
     try:
-        for _ in range(3000):
+        # Until the other thread had its turns: on a busy host that takes a while.
+        while rounds < 3000 or not {"chain", "addr"} <= verdicts:
             q = device_side("c", ring)
             if form == "split":
                 ring.publish(0)
             q.pop()
             verdicts.add(q.verdict)
+            rounds += 1
     finally:
         stop.set()
         thread.join()
-    assert "chain" in verdicts
-    assert len(verdicts) > 1
 
 
 @pytest.mark.parametrize("ring", RINGS)
