@@ -93,6 +93,8 @@ def arguments(name: str, scratch: Path) -> list[str]:
             *("-chardev", "ringbuf,id=c", "-device", "virtio-serial-{bus}"),
             *("-device", "virtconsole,chardev=c"),
         ]
+    if name == "ports":
+        return ["-device", "virtio-serial-{bus}", "-device", "virtserialport,name=one"]
     if name == "net":
         return ["-netdev", "hubport,id=n,hubid=0", "-device", "virtio-net-{bus},netdev=n"]
     if name == "pmem":
@@ -101,7 +103,7 @@ def arguments(name: str, scratch: Path) -> list[str]:
         return ["-object", memory, "-device", "virtio-pmem-{bus},memdev=m"]
     if name == "virtio-mem":
         return ["-device", "virtio-mem-{bus},size=16M,requested=8M,block=2M"]
-    return ["-device", f"virtio-{name}-{{bus}}"]
+    return ["-device", f"virtio-{name}-{{bus}}" + ",cid=3" * (name == "vsock")]
 
 
 class OverSocket:
@@ -111,10 +113,8 @@ class OverSocket:
         bus = "device" if transport == "mmio" else "pci"
         machine = "microvm" if transport == "mmio" else "x86"
         argv = [arg.replace("{bus}", bus) for arg in arguments(name, scratch)]
-        argv[-1] += ",packed=on"
-        if name == "console":
-            argv[-3] += ",packed=on"
-            argv[-1] = argv[-1].removesuffix(",packed=on")
+        driver = next(arg.partition(",")[0] for arg in argv if arg.startswith("virtio-"))
+        argv += ["-global", f"{driver}.packed=on"]
         self.qtest = Qtest("-M", f"{machine},{_LAYOUT}", *argv)
         self._mirror = Mirror(self.qtest)
         self.memory: GuestMemory = self._mirror

@@ -296,6 +296,18 @@ def test_what_qemu_users_write() -> None:
         machine.close()
 
 
+def test_globals() -> None:
+    argv = ["-global", "virtio-rng-pci.packed=on", "-global", "virtio-blk-pci.nonsense=1"]
+    machine = QtestMachine(parse([*argv, "-device", "virtio-rng-pci,id=r"]))
+    try:
+        assert machine.board.virtio[0].packed
+    finally:
+        machine.close()
+    disk = shlex.split("-drive if=none,id=d,file=null-co:// -device virtio-blk-pci,drive=d")
+    with pytest.raises(ConfigError, match="no property 'nonsense'"):
+        QtestMachine(parse([*argv, *disk]))
+
+
 def test_nets_in_our_words() -> None:
     backends = Backends(
         parse(

@@ -114,7 +114,7 @@ def test_the_clock(boot: Boot) -> None:
 
 @pytest.mark.parametrize("machine", ["pc", "q35"])
 def test_rng(boot: Boot, machine: str) -> None:
-    driver = boot.driver("-device", "virtio-rng-pci,addr=04.0", machine=machine)
+    driver = boot.driver("-device", "virtio-rng-pci,addr=04.0,disable-legacy=on", machine=machine)
     assert driver.regs.device_id() == 4
     driver.start(wanted=~EVENT_IDX)
     driver.queues[0].add([], [64])
@@ -130,7 +130,7 @@ def test_blk(boot: Boot, tmp_path: Path) -> None:
     image.write_bytes(bytes(range(256)) * 256)
     driver = boot.driver(
         *("-drive", f"if=none,id=d0,file={image},format=raw"),
-        *("-device", "virtio-blk-pci,drive=d0,serial=abc,addr=4,num-queues=1"),
+        *("-device", "virtio-blk-pci,drive=d0,serial=abc,addr=4,disable-legacy=on,num-queues=1"),
     )
     assert driver.regs.device_id() == 2
     driver.start(wanted=~EVENT_IDX)
@@ -149,7 +149,7 @@ def test_blk(boot: Boot, tmp_path: Path) -> None:
 
 
 def test_a_message_to_ram(boot: Boot) -> None:
-    driver = boot.driver("-device", "virtio-rng-pci,addr=04.0")
+    driver = boot.driver("-device", "virtio-rng-pci,addr=04.0,disable-legacy=on")
     regs = driver.regs
     assert isinstance(regs, PciRegs)
     driver.negotiate(~EVENT_IDX)
@@ -169,7 +169,7 @@ def test_a_message_to_ram(boot: Boot) -> None:
 
 
 def test_a_broken_queue_asks_for_a_reset(boot: Boot) -> None:
-    driver = boot.driver("-device", "virtio-rng-pci,addr=04.0")
+    driver = boot.driver("-device", "virtio-rng-pci,addr=04.0,disable-legacy=on")
     driver.start(wanted=~EVENT_IDX)
     q = driver.queues[0]
     q.write_desc(0, 0x1000, 16, 3, 0)

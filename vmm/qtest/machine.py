@@ -96,7 +96,8 @@ class QtestMachine:
         self._closers.append(self.backends.close)
         watchdog = spec.action.get("watchdog", "reset")
         self.maker = Maker(self.backends, spec.transport, lambda: self.clock / 1e9, watchdog)
-        wanted = self.maker.all(spec.devices) if spec.machine != "none" else []
+        asked = [spec.with_globals(props) for props in spec.devices]
+        wanted = self.maker.all(asked) if spec.machine != "none" else []
         cold = wanted if spec.transport == "mmio" else []
         # What is placed behind RAM goes by its size.
         config = MachineConfig(
@@ -240,7 +241,7 @@ class QtestMachine:
         """device_add. Its base addresses are the client's to set. Raises ConfigError."""
         if self.spec.transport != "pci" or self.spec.machine == "none":
             raise ConfigError("Devices of this machine cannot be plugged while it runs.")
-        self._plug(self.maker.one(props))
+        self._plug(self.maker.one(self.spec.with_globals(props)))
 
     def remove(self, name: str) -> None:
         """device_del; the device is gone at once. KeyError, ConfigError."""

@@ -130,6 +130,15 @@ class Spec:
         self.virtual_clock = False
         self.action: dict[str, str] = {}
 
+    def with_globals(self, props: Props) -> Props:
+        """A device's properties, and those that -global gives to its kind."""
+        for given in self.globals:
+            for key, value in given.pairs.items():
+                driver, _, name = key.rpartition(".")
+                if driver == props.get("driver"):
+                    props.pairs.setdefault(name, value)
+        return props
+
     @property
     def transport(self) -> str:
         return "mmio" if self.machine in ("microvm", "virt") else "pci"
