@@ -269,7 +269,7 @@ def _offloads(fd: int) -> int:
 
 def _bring_up(name: str, mtu: int) -> int:
     """Set the MTU if asked to, and the interface up, as far as we may; returns the MTU to tell
-    the guest: 0 if it is the usual one."""
+    the guest: 0 if it is the usual one, or the interface is in another network namespace."""
     import socket
 
     raw = name.encode()
@@ -281,6 +281,8 @@ def _bring_up(name: str, mtu: int) -> int:
             if not flags & IFF_UP:
                 fcntl.ioctl(s, SIOCSIFFLAGS, _IFREQ.pack(raw, flags | IFF_UP))
         except OSError as e:
+            if e.errno == errno.ENODEV:
+                return 0
             if e.errno != errno.EPERM:
                 raise HostError(
                     f"--net tap: interface {name} could not be set up: {e.strerror}.",

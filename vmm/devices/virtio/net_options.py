@@ -28,13 +28,13 @@ class Forward:
 def parse_forward(text: str) -> Forward:
     """Raises ValueError."""
     ports, slash, protocol = text.partition("/")
-    *address, host, guest = ports.rsplit(":", 2) if ports.count(":") > 1 else ports.split(":")
+    if ports.count(":") < 2:
+        ports = f"127.0.0.1:{ports}" if ":" in ports else "::"
+    address, host, guest = ports.rsplit(":", 2)
     if slash and protocol not in ("tcp", "udp"):
         raise ValueError(f"'{protocol}' is neither tcp nor udp")
-    if not address:
-        address = ["127.0.0.1"]
     numbers = [_port(port) for port in (host, guest)]
-    return Forward(_address(address[0]), numbers[0], numbers[1], protocol == "udp")
+    return Forward(_address(address), numbers[0], numbers[1], protocol == "udp")
 
 
 def _address(text: str) -> str:
