@@ -9,53 +9,6 @@
 
 #define AT_STATUS 6
 
-uint64_t net_throttle(const struct vmm_bucket *bytes, const struct vmm_bucket *frames)
-{
-	uint64_t now, a, b;
-
-	if (!bytes->rate && !frames->rate)
-		return 0;
-	now = vmm_now();
-	a = vmm_bucket_wait(bytes, now);
-	b = vmm_bucket_wait(frames, now);
-	return a > b ? a : b;
-}
-
-void net_charge(struct vmm_bucket *bytes, struct vmm_bucket *frames, uint64_t len)
-{
-	uint64_t now;
-
-	if (!bytes->rate && !frames->rate)
-		return;
-	now = vmm_now();
-	vmm_bucket_take(bytes, now, len);
-	vmm_bucket_take(frames, now, 1);
-}
-
-void net_dump(struct vmm_net *net, const struct iovec *iov, uint32_t nr, uint32_t skip,
-	      uint32_t len)
-{
-	struct vmm_stream *out = net->config.dump;
-	struct timespec t;
-	uint32_t head[4];
-
-	if (!out)
-		return;
-	clock_gettime(CLOCK_REALTIME, &t);
-	head[0] = (uint32_t)t.tv_sec;
-	head[1] = (uint32_t)(t.tv_nsec / 1000);
-	head[2] = head[3] = len;
-	pthread_mutex_lock(&net->dump_lock);
-	if (vmm_stream_room(out) < sizeof(head) + len) {
-		net->stats.dump_dropped++;
-	} else {
-		memcpy(net->dump_record, head, sizeof(head));
-		vmm_iov_read(iov, nr, skip, net->dump_record + sizeof(head), len);
-		vmm_stream_write(out, net->dump_record, (uint32_t)sizeof(head) + len);
-	}
-	pthread_mutex_unlock(&net->dump_lock);
-}
-
 /* With the lock held. */
 static void publish(struct vmm_net *net, int notify)
 {
@@ -124,6 +77,7 @@ void net_die(struct vmm_net *net, int error)
 		net_arm(&net->pairs[i]);
 		again(&net->pairs[i].tx.service); /* drops what waits */
 	}
+	net_listen(net);
 }
 
 /* Whether the other end is gone: an error alone may be one message's. */
@@ -162,10 +116,8 @@ static void link_ready(struct vmm_source *source, uint32_t epoll_events)
 	net_arm(pair);
 }
 
-static void arm_all(void *arg)
+void net_again(struct vmm_net *net)
 {
-	struct vmm_net *net = arg;
-
 	for (uint32_t i = 0; i < net->config.pairs; i++) {
 		struct net_pair *pair = &net->pairs[i];
 
@@ -173,6 +125,11 @@ static void arm_all(void *arg)
 		again(&pair->tx.service);
 		net_arm(pair);
 	}
+}
+
+static void arm_all(void *arg)
+{
+	net_again(arg);
 }
 
 static int pair_init(struct vmm_net *net, uint32_t index)
@@ -225,6 +182,10 @@ struct vmm_net *vmm_net_create(struct vmm_loop *loop, const struct vmm_net_confi
 		net->pairs[i].net = net;
 	for (uint32_t i = 0; !rc && i < config->pairs; i++)
 		rc = pair_init(net, i);
+	if (!rc && config->listener >= 0) {
+		net->dead = ENOTCONN;
+		rc = net_listen(net);
+	}
 	if (rc) {
 		vmm_net_destroy(net);
 		errno = -rc;
@@ -237,6 +198,7 @@ static void forget_links(void *arg)
 {
 	struct vmm_net *net = arg;
 
+	net_unlisten(net);
 	for (uint32_t i = 0; i < net->config.pairs; i++) {
 		net->pairs[i].tx.tail_len = 0;
 		net_arm(&net->pairs[i]);
@@ -257,6 +219,7 @@ void vmm_net_destroy(struct vmm_net *net)
 		free(net->pairs[i].stream);
 	}
 	vmm_service_fini(&net->ctrl);
+	vmm_timer_fini(&net->door_timer);
 	pthread_mutex_destroy(&net->lock);
 	pthread_mutex_destroy(&net->dump_lock);
 	free(net->pairs);
@@ -351,7 +314,7 @@ static void set_link(void *arg)
 		net_set_status(net, VIRTIO_NET_S_LINK_UP, 0);
 	else
 		net_set_status(net, 0, VIRTIO_NET_S_LINK_UP);
-	arm_all(net);
+	net_again(net);
 }
 
 void vmm_net_set_link(struct vmm_net *net, int up)
@@ -377,32 +340,4 @@ void vmm_net_space(struct vmm_net *net, uint8_t *out)
 	pthread_mutex_lock(&net->lock);
 	memcpy(out, net->config.space, VMM_NET_SPACE);
 	pthread_mutex_unlock(&net->lock);
-}
-
-struct limit_call {
-	struct vmm_net *net;
-	const struct vmm_net_config *config;
-};
-
-static void set_limits(void *arg)
-{
-	const struct limit_call *call = arg;
-	struct vmm_net_config *own = &call->net->config;
-
-	own->rx_bytes = call->config->rx_bytes;
-	own->rx_frames = call->config->rx_frames;
-	own->tx_bytes = call->config->tx_bytes;
-	own->tx_frames = call->config->tx_frames;
-	for (uint32_t i = 0; i < own->pairs; i++) {
-		vmm_timer_set(&call->net->pairs[i].rx.timer, 0);
-		vmm_timer_set(&call->net->pairs[i].tx.timer, 0);
-	}
-	arm_all(call->net);
-}
-
-void vmm_net_limit(struct vmm_net *net, const struct vmm_net_config *config)
-{
-	struct limit_call call = { net, config };
-
-	vmm_loop_call(net->loop, set_limits, &call);
 }

@@ -22,6 +22,7 @@ struct vmm_net;
 struct vmm_net_config {
 	uint32_t kind, pairs, queue_size;
 	int fds[16];		/* one a pair; borrowed; a tap's must not block */
+	int listener;		/* STREAM without fds: where the other end connects; borrowed; or -1 */
 	uint8_t space[12];	/* mac, status, max_virtqueue_pairs, mtu */
 	struct vmm_stream *dump; /* gets a pcap record of each frame, or NULL; borrowed */
 	/* What the guest is given and what it may send; for the device as a whole. */
@@ -52,7 +53,8 @@ void vmm_net_stats(const struct vmm_net *net, struct vmm_net_stats *out);
 void vmm_net_set_link(struct vmm_net *net, int up);
 /* Asks the driver to announce itself to the network. virtio-v1.3 §5.1.6.5.4. */
 void vmm_net_announce(struct vmm_net *net);
-/* 0 while the backend lives, else the errno it died of; EPIPE: its other end closed. */
+/* 0 while the backend lives, else the errno it died of; EPIPE: its other end closed; ENOTCONN:
+ * nobody has connected yet. */
 int vmm_net_dead(const struct vmm_net *net);
 /* The configuration space as it is now. */
 void vmm_net_space(struct vmm_net *net, uint8_t *out);

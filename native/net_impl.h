@@ -85,6 +85,9 @@ struct vmm_net {
 	uint8_t mac[6];		   /* the one it began with */
 	_Atomic bool up;	   /* the cable is in */
 	_Atomic int dead;	   /* errno */
+	struct vmm_source door;	   /* the listener, in the loop while nobody is connected */
+	struct vmm_timer door_timer;
+	bool open;
 	pthread_mutex_t dump_lock;
 	uint8_t *dump_record;
 	struct net_pair *pairs;
@@ -103,12 +106,23 @@ void net_die(struct vmm_net *net, int error);
 void net_set_status(struct vmm_net *net, uint16_t set, uint16_t clear);
 /* Makes the epoll set fit what the queues wait for. */
 void net_arm(struct net_pair *pair);
+/* Lets every queue look again. */
+void net_again(struct vmm_net *net);
+
+/* ---- net_meter.c ---- */
+
 /* Nanoseconds until both allow another frame. */
 uint64_t net_throttle(const struct vmm_bucket *bytes, const struct vmm_bucket *frames);
 void net_charge(struct vmm_bucket *bytes, struct vmm_bucket *frames, uint64_t len);
 /* A pcap record of a frame that begins `skip` bytes into the buffers. */
 void net_dump(struct vmm_net *net, const struct iovec *iov, uint32_t nr, uint32_t skip,
 	      uint32_t len);
+
+/* ---- net_listen.c ---- */
+
+/* Waits for somebody to connect, if there is a listener. 0 or -errno. */
+int net_listen(struct vmm_net *net);
+void net_unlisten(struct vmm_net *net);
 
 /* ---- net_rx.c ---- */
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import random
+import socket
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +15,8 @@ import pytest
 
 from tests.virtio_net import CTRL, HDR, KINDS, MAC, MRG_RXBUF, PLAIN, Card, frame
 from tests.virtio_rig import TRANSPORTS
+from vmm.devices.virtio.net import Net
+from vmm.devices.virtio.net_backend import Backend, Server, connect
 
 Make = Callable[..., Card]
 
@@ -451,8 +456,6 @@ def test_link_state_before_the_driver_comes(make: Make) -> None:
 
 
 def test_no_backend(make: Make) -> None:
-    from vmm.devices.virtio.net_backend import Backend
-
     card = make(backend=Backend())
     card.driver.start()
     assert card.regs.config(6, 2) == 0
@@ -615,3 +618,67 @@ def test_commands_that_make_no_sense(
     card.driver.reset()
     card.driver.start()
     assert card.command(0, 0, b"\1") == 0
+
+
+# ---- the other machine ---------------------------------------------------------------------------
+
+
+def test_two_machines_on_one_cable(make: Make, tmp_path: Any) -> None:
+    """The server waits for the client, and for the next when that has gone."""
+    path = str(tmp_path / "cable")
+    server = make("stream", backend=Server(path))
+    server.driver.start()
+    server.offer(2000, count=20)
+    assert server.regs.config(6, 2) == 0
+    server.transmit(frame(100))
+    server.tx.wait()
+    for turn in range(3):
+        client = Card("stream", backend=connect(path))
+        client.driver.start()
+        client.offer(2000, count=20)
+        server.until(lambda: server.net.link, "link up")
+        assert server.regs.config(6, 2) == 1
+        for i in range(5):
+            sent = frame(200, 10 * turn + i)
+            client.transmit(sent)
+            assert server.received()[1] == sent
+            server.transmit(sent)
+            assert client.received()[1] == sent
+        assert client.net.mac == server.net.mac == MAC
+        client.close()
+        server.until(lambda: not server.net.link, "link down")
+    assert server.net.stats()["rx_frames"] == 15
+
+
+def test_the_server_outlives_nonsense_and_resets(make: Make, tmp_path: Any) -> None:
+    path = str(tmp_path / "cable")
+    server = make("stream", backend=Server(path))
+    server.driver.start()
+    server.offer(2000, count=4)
+    with socket.socket(socket.AF_UNIX) as bad:
+        bad.connect(path)
+        bad.sendall(b"\xff" * 100)
+        bad.settimeout(5)
+        with contextlib.suppress(ConnectionResetError):
+            assert bad.recv(1) == b""
+    with socket.socket(socket.AF_UNIX) as good:
+        good.connect(path)
+        sent = frame(100)
+        good.sendall(struct.pack(">I", 100) + sent)
+        assert server.received()[1] == sent
+        server.driver.reset()
+        server.driver.start()
+        assert server.regs.config(6, 2) == 1
+        server.transmit(sent)
+        good.settimeout(5)
+        assert good.recv(104, socket.MSG_WAITALL) == struct.pack(">I", 100) + sent
+
+
+def test_two_machines_have_different_addresses(tmp_path: Any) -> None:
+    path = str(tmp_path / "cable")
+    server = Net(Server(path))
+    client = Net(connect(path))
+    assert server.mac != client.mac
+    client.close()
+    server.close()
+    assert not os.path.exists(path)

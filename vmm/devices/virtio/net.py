@@ -89,7 +89,6 @@ class Net(VirtioDevice):
         self._native = ffi.NULL
         self._threads: list[IoThread] = []
         self._dump: _Dump | None = None
-        self._up = backend.kind != lib.VMM_NET_NONE
         self._queue_size = queue_size
         self.limits = dict(limits or {})
         pairs = len(backend.fds) or 1
@@ -102,7 +101,7 @@ class Net(VirtioDevice):
         super().__init__(name)
         self.mac = mac or default_mac(backend.ident, index)
         self.mtu = mtu or backend.mtu
-        self.config[:] = _CONFIG.pack(self.mac, S_LINK_UP * self._up, pairs, self.mtu)
+        self.config[:] = _CONFIG.pack(self.mac, S_LINK_UP if backend.fds else 0, pairs, self.mtu)
 
     @classmethod
     def from_options(cls, options: Options, board: Board) -> Self:
@@ -157,6 +156,7 @@ class Net(VirtioDevice):
         config.queue_size = self._queue_size
         fds = self.backend.fds or [-1]
         config.fds[0 : len(fds)] = fds
+        config.listener = self.backend.listener
         config.space = bytes(self.config)
         config.dump = ffi.NULL if self._dump is None else self._dump.stream.native
         for name, (rate, burst) in self.limits.items():
@@ -188,13 +188,10 @@ class Net(VirtioDevice):
 
     def set_link(self, up: bool) -> None:
         """Pull the cable, or plug it in; the driver is told. Any thread."""
-        self._up = up
         if self._native == ffi.NULL:
-            status = S_LINK_UP if up and self.backend.kind != lib.VMM_NET_NONE else 0
-            struct.pack_into("<H", self.config, 6, status)
-        else:
-            lib.vmm_net_set_link(self._native, int(up))
-            self._refresh()
+            raise HostError(f"{self.name} was never attached to a machine")
+        lib.vmm_net_set_link(self._native, int(up))
+        self._refresh()
 
     def announce(self) -> None:
         """Ask the guest to tell the network where it is now. virtio-v1.3 §5.1.6.5.4."""
@@ -227,7 +224,7 @@ class Net(VirtioDevice):
 
     def faults(self) -> list[str]:
         said = super().faults()
-        if self.dead:
+        if self.dead and self.activations:
             said.append(f"{self.name}: {self.backend.obituary(self.dead)}")
         return said
 

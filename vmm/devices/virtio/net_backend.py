@@ -45,13 +45,15 @@ class Backend:
     """One end of a cable: descriptors that frames pass through, one for each pair of queues.
 
     ``kind``: VMM_NET_*. ``features``: feature bits it makes possible. ``mtu``: 0, or what it can
-    carry. ``ident``: what the card's MAC address is derived from.
+    carry. ``ident``: what the card's MAC address is derived from. ``listener``: where the other
+    end connects, or -1.
     """
 
     kind: int = lib.VMM_NET_NONE
     features: int = 0
     mtu: int = 0
     ident: str = "none"
+    listener: int = -1
 
     def __init__(self) -> None:
         self.fds: list[int] = []
@@ -94,7 +96,7 @@ def make(options: Options) -> Backend:
     if kind == "socket":
         if not options.path:
             raise ConfigError("--net socket: path=PATH is missing.")
-        return connect(options.path)
+        return Server(options.path) if options.server else connect(options.path)
     if kind == "fd":
         if options.fd is None:
             raise ConfigError("--net fd: fd=N is missing, the number of an open tap or socket.")
@@ -124,6 +126,31 @@ class Socket(Backend):
         packet = kind in (socket.SOCK_DGRAM, socket.SOCK_SEQPACKET)
         self.kind = lib.VMM_NET_PACKET if packet else lib.VMM_NET_STREAM
         self.fds = [fd]
+
+
+class Server(Backend):
+    """A Unix socket where another machine connects, and the next when it has gone. The link is
+    down while there is none. Raises ConfigError, HostError."""
+
+    kind = lib.VMM_NET_STREAM
+
+    def __init__(self, path: str) -> None:
+        from vmm.listener import Listener
+
+        super().__init__()
+        # Not the other end's address: two machines on one cable must not have the same.
+        self.ident = f"server:{path}"
+        self._listener = Listener(path, "--net socket")
+        self.listener = self._listener.fileno()
+
+    def obituary(self, error: int) -> str:
+        if error == errno.ENOTCONN:
+            return f"nobody ever connected to {self._listener.path}"
+        return super().obituary(error)
+
+    def close(self) -> None:
+        self._listener.close()
+        super().close()
 
 
 def connect(path: str) -> Socket:
