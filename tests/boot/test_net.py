@@ -49,9 +49,9 @@ def initramfs() -> Callable[[str], Path]:
 
 
 class Listener:
-    """A TCP server of the host for one connection: gives ``data``, then takes what comes."""
+    """A TCP server of the host for one connection: gives ``data``, or takes what comes."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes = b"") -> None:
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.got = hashlib.sha256()
@@ -65,8 +65,9 @@ class Listener:
         except OSError:
             return
         with peer:
-            peer.sendall(data)
-            peer.shutdown(socket.SHUT_WR)
+            if data:
+                peer.sendall(data)
+                return
             while piece := peer.recv(1 << 16):
                 self.got.update(piece)
                 self.size += len(piece)
@@ -74,39 +75,46 @@ class Listener:
     def close(self) -> None:
         self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
-        self.thread.join(10)
+        self.thread.join(60)
 
 
 @pytest.fixture
-def listener() -> Iterator[Listener]:
-    if shutil.which("passt") is None:
-        pytest.skip("passt is not installed (apt install passt)")
-    made = Listener(os.urandom(20 * MIB))
-    yield made
-    made.close()
-
-
-@transports
-def test_dhcp_and_bulk_data_both_ways(boot: Boot, transport: str) -> None:
+def listeners() -> Iterator[tuple[Listener, Listener, bytes]]:
+    """One that gives 20 MiB, one that takes."""
     if shutil.which("passt") is None:
         pytest.skip("passt is not installed (apt install passt)")
     data = os.urandom(20 * MIB)
-    down, up = Listener(data), Listener(b"")
+    made = Listener(data), Listener()
+    yield *made, data
+    for listener in made:
+        listener.close()
+
+
+# The passt of Debian 12 stalls when the guest ends its side before the data has come: so nc's input
+# stays open.
+BULK = """mknod /tmp/open p
+sleep 1000 > /tmp/open &
+echo "down=$(nc 10.0.2.2 {down} < /tmp/open | sha256sum | cut -d' ' -f1)"
+dd if=/dev/urandom of=/tmp/up bs=1M count=20 2>/dev/null
+nc 10.0.2.2 {up} < /tmp/up
+echo "up=$(sha256sum /tmp/up | cut -d' ' -f1)"
+"""
+
+
+@transports
+def test_dhcp_and_bulk_data_both_ways(
+    boot: Boot, listeners: tuple[Listener, Listener, bytes], transport: str
+) -> None:
+    down, up, data = listeners
     script = f"""{DHCP}
 echo "mtu=$(cat /sys/class/net/eth0/mtu)"
-echo "down=$(nc 10.0.2.2 {down.port} < /dev/null | sha256sum | cut -d' ' -f1)"
-dd if=/dev/urandom of=/tmp/up bs=1M count=20 2>/dev/null
-nc 10.0.2.2 {up.port} < /tmp/up
-echo "up=$(sha256sum /tmp/up | cut -d' ' -f1)"
-echo "dropped=$(cat /sys/class/net/eth0/statistics/rx_dropped)"
+{BULK.format(down=down.port, up=up.port)}
 """
-    booted = boot(script, net="user", transport=transport).ok()
-    up.thread.join(60)
+    booted = boot(script, net="user", transport=transport, timeout=100).ok()
     assert booted.value("ip") == "10.0.2.15", booted.report()
     assert booted.value("router") == "10.0.2.2"
     assert booted.value("mtu") == "65520"
     assert booted.value("down") == hashlib.sha256(data).hexdigest()
+    up.thread.join(60)
     assert up.size == 20 * MIB
     assert up.got.hexdigest() == booted.value("up")
-    for listener in (down, up):
-        listener.close()
