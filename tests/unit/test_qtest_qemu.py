@@ -40,7 +40,9 @@ class Boot:
 
     def __call__(self, *args: str, machine: str = "pc", qmp: bool = False) -> Qtest:
         argv = ("-M", machine, "-m", str(RAM >> 20), *args)
-        self.started.append(Qtest(*argv, server=self.server, qmp=qmp, log="/dev/null"))
+        env = {} if self.server == VMM else {"LD_PRELOAD": ""}  # of the sanitizers
+        q = Qtest(*argv, server=self.server, qmp=qmp, log="/dev/null", env=env)
+        self.started.append(q)
         return self.started[-1]
 
     def driver(self, *args: str, slot: int = 4, machine: str = "pc") -> Driver:
