@@ -64,6 +64,15 @@ def test_the_guests_own_status(payload: Payload) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (15, b"", b"")
 
 
+@pytest.mark.parametrize("transport", ["pci", "mmio"])
+def test_each_device_that_was_not_used_is_named_once(payload: Payload, transport: str) -> None:
+    flags = ["--timeout=30", "-v", f"--transport={transport}", "--vsock=cid=3"]
+    said = run(payload(EXIT, *flags)).stderr.decode().splitlines()
+    unused = [line for line in said if "never used" in line]
+    assert any("vsock0" in line and "CONFIG_VIRTIO_VSOCKETS" in line for line in unused)
+    assert len(unused) == len(set(unused))
+
+
 def test_the_serial_port_is_stdout_byte_for_byte(payload: Payload) -> None:
     done = run(payload(HELLO, "--timeout=1"))
     assert done.stdout == b"Hello \x00\xff serial\n"

@@ -237,8 +237,8 @@ class Session:
         return result.status & 0xFF
 
     def _explain(self, result: RunResult) -> None:
-        for device in self.machine.devices:
-            sentence = device.unclaimed()
+        # A transport says what its device says: once is enough.
+        for sentence in dict.fromkeys(device.unclaimed() for device in self.machine.devices):
             if sentence:
                 complain(sentence)
         if result.diagnosis:
