@@ -62,7 +62,7 @@ echo "new=$(sha256sum /tmp/new | cut -d' ' -f1)"
     assert hashlib.sha256(written).hexdigest() == booted.value("new")
 
 
-def test_a_read_only_one_stays_as_it_was(boot: Boot, image: Path, transport: str) -> None:
+def test_flushes_of_a_read_only_one_fail(boot: Boot, image: Path, transport: str) -> None:
     """The driver knows no read-only memory: it writes, and the flush fails."""
     before = image.read_bytes()
     script = """\
@@ -77,7 +77,7 @@ dd if=/dev/zero of=/dev/pmem0 bs=4k count=1 conv=fsync 2>/dev/null || echo "writ
 
 
 @pytest.mark.skipif(shutil.which("mke2fs") is None, reason="no mke2fs")
-def test_a_file_system_without_page_cache(boot: Boot, image: Path, transport: str) -> None:
+def test_ext4_with_dax_flushes_files(boot: Boot, image: Path, transport: str) -> None:
     """ext4 with -o dax: files are the host's pages."""
     subprocess.run(
         ["mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", str(image)], check=True, timeout=60

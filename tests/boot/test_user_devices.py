@@ -67,5 +67,5 @@ echo "capability=$(cat capability)"
     archive = build(text, kernel_tree(), modules=("pvpanic_mmio",))
     panel = Panel()
     booted = boot(devices=panel, pvpanic=False, initrds=[str(archive)]).ok()
-    assert booted.value("capability") == "0x3"
+    assert booted.value("capability") == "3"
     assert panel.reads > 0
