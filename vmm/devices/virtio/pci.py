@@ -29,6 +29,7 @@ VENDOR = 0x1AF4
 DEVICE_BASE = 0x1040
 _SUBSYSTEM = 0x1100
 _BAR = 0
+_MSIX_BAR = 1
 _CAP_VENDOR = 0x09
 
 # Structures a capability can point to. virtio-v1.3 §4.1.4.
@@ -94,8 +95,11 @@ class VirtioPci(PciDevice):
         memory: GuestMemory,
         chip: IrqChip,
         ioeventfd: IoEventFd | None = None,
+        *,
+        msix_bar: bool = False,
     ) -> None:
-        """Takes over ``device``. Without ``ioeventfd`` a notification is an exit."""
+        """Takes over ``device``. Without ``ioeventfd`` a notification is an exit. ``msix_bar``:
+        the MSI-X table has BAR 1 to itself, for drivers that map each BAR by its use."""
         super().__init__(
             device.name,
             VENDOR,
@@ -115,10 +119,13 @@ class VirtioPci(PciDevice):
         if lib.vmm_virtio_vectors(self.core.native, irqs, len(self.table.vectors)):
             raise MemoryError(f"{device.name}: interrupt vectors")
         self.add_bar(_BAR, _SIZE, self.registers)
-        self._add_capabilities()
+        if msix_bar:
+            self.add_bar(_MSIX_BAR, msix.SIZE, self.table)
+        self._add_capabilities((_MSIX_BAR, 0) if msix_bar else (_BAR, _MSIX))
 
-    def _add_capabilities(self) -> None:
-        body, writable = self.table.capability(_BAR, _MSIX)
+    def _add_capabilities(self, table: tuple[int, int]) -> None:
+        """``table``: BAR and offset of the MSI-X table."""
+        body, writable = self.table.capability(*table)
         self._msix_control = self.add_capability(msix.CAP_ID, body, writable) + msix.CONTROL
         self.watch(self._msix_control, msix.ENABLE | msix.FUNCTION_MASK, 2)
         self._add_structure(CFG_COMMON, _COMMON, COMMON_SIZE)
@@ -177,7 +184,7 @@ class VirtioPci(PciDevice):
             self.registers.write(*target, value & ((1 << (8 * min(size, target[1]))) - 1))
 
     def on_bar_moved(self, bar: Bar) -> None:
-        if self._ioeventfd is None:
+        if self._ioeventfd is None or bar.index != _BAR:
             return
         for bound in self._bound:
             self._ioeventfd.unbind(*bound)
