@@ -98,7 +98,7 @@ def main() -> int:
     seed = options.seed or os.urandom(4).hex()
     print(f"seed {seed}", flush=True)
     failed = 0
-    for name in options.device or sorted(known):
+    for name in options.device or targets(here=not options.qtest):
         for transport in options.transport or ("mmio", "pci"):
             try:
                 fuzz(

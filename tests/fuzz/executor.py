@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from tests import virtio_mock
+from tests.fuzz.twin import Twin
 from tests.virtio_mock import MmioRegs, PciRegs
 from vmm._native import lib
 from vmm.devices.virtio.device import VirtioDevice
@@ -57,6 +58,7 @@ class InProcess:
         self.regs = self.rig.regs
         self.sizes = device.QUEUE_SIZES
         self._native = self.rig.core.native
+        self._loops = [self.loop, *(thread.native for thread in device.io_threads())]
 
     def broken(self) -> bool:
         return bool(lib.vmm_virtio_status(self._native) & virtio_mock.NEEDS_RESET)
@@ -66,7 +68,10 @@ class InProcess:
         return report.breaks, NAMES[report.verdict]
 
     def settle(self) -> None:
-        lib.vmm_loop_barrier(self.loop)
+        for loop in self._loops:
+            lib.vmm_loop_barrier(loop)
+        if isinstance(self.device, Twin):
+            self.device.serve()
 
     def close(self) -> None:
         self.rig.close()

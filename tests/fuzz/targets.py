@@ -13,6 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from tests.fuzz.twin import Twin
 from vmm.chario import Input, Stream
 from vmm.devices import virtio
 from vmm.devices.virtio.balloon import Balloon
@@ -133,7 +134,7 @@ class Target:
 
     ``answers``: the queues whose chains all come back, without anything from outside;
     ``discards``: requests may give guest pages back, which then read as zeros; ``status``: its
-    answers end with a byte that used.len need not count.
+    answers end with a byte that used.len need not count; ``here``: no other process can make it.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class Target:
         answers: tuple[int, ...] = (),
         discards: bool = False,
         status: bool = False,
+        here: bool = False,
         after: Callable[[VirtioDevice], None] | None = None,
     ) -> None:
         self._make = make
@@ -151,6 +153,7 @@ class Target:
         self.answers = answers
         self.discards = discards
         self.status = status
+        self.here = here
         self.after = after
 
     def make(self, scratch: Path) -> VirtioDevice:
@@ -225,8 +228,9 @@ TARGETS = {
     "net": Target(lambda _: Net(Backend()), (room, net_tx, net_ctrl), answers=(1, 2)),
     "pmem": Target(_pmem, (pmem_request,), answers=(0,)),
     "rng": Target(lambda _: Rng(), (room,), answers=(0,)),
-    "ports": Target(_ports, (room, text, room, ports_control), answers=(1, 3)),
+    "ports": Target(_ports, (room, text, room, ports_control), answers=(1, 3), here=True),
     "vsock": Target(lambda _: Vsock(), (room, vsock_tx, room), answers=(1,)),
+    "twin": Target(lambda _: Twin(), answers=(0, 1), here=True),
     "virtio-mem": Target(
         lambda _: _Mem(8 * MEM_BLOCK, requested=4 * MEM_BLOCK),
         (mem_request,),
@@ -235,9 +239,9 @@ TARGETS = {
 }
 
 
-def targets() -> dict[str, Target]:
-    """All of them, by name."""
-    return dict(sorted(TARGETS.items()))
+def targets(*, here: bool = True) -> dict[str, Target]:
+    """By name; ``here`` false: those that another process can make."""
+    return {name: TARGETS[name] for name in sorted(TARGETS) if here or not TARGETS[name].here}
 
 
 def classes() -> set[type[VirtioDevice]]:

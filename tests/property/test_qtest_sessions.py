@@ -12,7 +12,7 @@ from tests.fuzz.qtest import OverSocket
 from tests.fuzz.session import Session
 from tests.fuzz.targets import targets
 
-TARGETS = targets()
+TARGETS = targets(here=False)
 SESSIONS = 20
 
 

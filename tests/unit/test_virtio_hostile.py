@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -78,9 +79,8 @@ class Bench:
             session.end()
 
     def until_broken(self, queue: int) -> tuple[int, str]:
-        for _ in range(10_000):
-            if self.executor.broken():
-                break
+        deadline = time.monotonic() + 10
+        while not self.executor.broken() and time.monotonic() < deadline:
             self.executor.settle()
         assert self.executor.broken()
         return self.executor.breaks(queue)

@@ -571,7 +571,7 @@ def test_a_driver_that_rewrites_while_the_device_walks(memory: GuestMemory, form
 
     thread = threading.Thread(target=flip)
     thread.start()
-    verdicts = set()
+    verdicts: set[str] = set()
     rounds = 0
     try:
         # Until the other thread had its turns: on a busy host that takes a while.
