@@ -228,7 +228,7 @@ TARGETS = {
     "net": Target(lambda _: Net(Backend()), (room, net_tx, net_ctrl), answers=(1, 2)),
     "pmem": Target(_pmem, (pmem_request,), answers=(0,)),
     "rng": Target(lambda _: Rng(), (room,), answers=(0,)),
-    "ports": Target(_ports, (room, text, room, ports_control), answers=(1, 3), here=True),
+    "ports": Target(_ports, (room, text, room, ports_control), answers=(1, 3)),
     "vsock": Target(lambda _: Vsock(), (room, vsock_tx, room), answers=(1,)),
     "twin": Target(lambda _: Twin(), answers=(0, 1), here=True),
     "virtio-mem": Target(
