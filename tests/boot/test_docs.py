@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ def test_the_library_as_in_the_readme(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(blocks(ROOT / "README.md", "python")[0])
     done = subprocess.run(
-        [sys.executable, str(program)], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)},
+        [sys.executable, str(program)], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=BOOT_TIMEOUT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -57,7 +58,7 @@ def test_a_command_is_understood(line: str, folder: Path) -> None:
     words = shlex.split(line.partition(";")[0])
     argv = [sys.executable, "-m", "vmm", *words[1:], "--dry-run", "--accel", "kvm"]
     done = subprocess.run(
-        argv, cwd=folder, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        argv, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
