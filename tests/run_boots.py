@@ -21,7 +21,7 @@ MATRIX = "tests/boot/test_matrix.py"
 
 def main() -> int:
     # What the guests are made of is made here, where it is kept and where it is fast.
-    for what in ("cloud-amd64", "busybox", "rootfs", "fio"):
+    for what in ("cloud-amd64", "amd64", "busybox", "rootfs", "fio"):
         fetch(what)
     chosen = [a for a in sys.argv[1:] if a.startswith("tests/")]
     flags = [a for a in sys.argv[1:] if a not in chosen]
