@@ -179,7 +179,7 @@ class Session:
         from vmm.devices.virtio.blk import Blk
 
         for device in self.machine.devices:
-            if isinstance(device, Blk):
+            if isinstance(device, Blk) and device.on_io_error is not None:
                 device.on_io_error = self._teller(device.on_io_error)
 
     def _teller(self, pause: Callable[[Any, int], None]) -> Callable[[Any, int], None]:
