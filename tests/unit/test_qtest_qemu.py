@@ -41,7 +41,12 @@ class Boot:
     def __call__(self, *args: str, machine: str = "pc", qmp: bool = False) -> Qtest:
         argv = ("-M", machine, "-m", str(RAM >> 20), *args)
         env = {} if self.server == VMM else {"LD_PRELOAD": ""}  # of the sanitizers
-        q = Qtest(*argv, server=self.server, qmp=qmp, log="/dev/null", env=env)
+        try:
+            q = Qtest(*argv, server=self.server, qmp=qmp, log="/dev/null", env=env)
+        except QtestError as e:
+            if "invalid accelerator" in str(e):
+                pytest.skip("this QEMU is built without the qtest accelerator, as Debian's is")
+            raise
         self.started.append(q)
         return self.started[-1]
 
