@@ -24,12 +24,12 @@ until [ "$(cat /sys/class/virtio-ports/*/name 2>/dev/null | wc -l)" = 3 ]; do
 port() {{ for p in /sys/class/virtio-ports/*; do
   [ "$(cat $p/name)" = "$1" ] && echo /dev/${{p##*/}}; done; }}
 echo "names=$(cat /sys/class/virtio-ports/*/name | sort | tr '\\n' ' ')"
-sha256sum < $(port down) > /tmp/down &
+md5sum < $(port down) > /tmp/down &
 dd if=/dev/urandom of=/tmp/a bs=1M count=2 2>/dev/null
 all() {{ i=0; while [ $i -lt {times} ]; do cat /tmp/a; i=$((i+1)); done; }}
 echo "to the log" > $(port log)
 all > $(port up)
-echo "up=$(all | sha256sum | cut -d' ' -f1)"
+echo "up=$(all | md5sum | cut -d' ' -f1)"
 wait
 echo "down=$(cut -d' ' -f1 /tmp/down)"
 """
@@ -43,7 +43,7 @@ class Host(threading.Thread):
         self.path = path
         self.data = data
         self.times = times
-        self.sum = hashlib.sha256()
+        self.sum = hashlib.md5()
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(DEADLINE)
 
@@ -73,7 +73,7 @@ class Receiver(Host):
 
 @pytest.mark.parametrize("transport", ["pci", "mmio"])
 def test_ports(boot: Boot, tmp_path: Path, transport: str) -> None:
-    times = int(os.environ.get("VMM_PORT_MIB", "16")) * (1 << 20) // PIECE
+    times = int(os.environ.get("VMM_PORT_MIB", "100")) * (1 << 20) // PIECE
     up, down = tmp_path / "up", tmp_path / "down"
     hosts = [Receiver(up, b"", times), Sender(down, os.urandom(PIECE), times)]
     for host in hosts:
