@@ -59,8 +59,8 @@ def start(kernel: str) -> Iterator[Callable[..., Machine]]:
         vm.close()
 
 
-@transports
-def test_inflate_and_deflate(start: Callable[..., Machine], transport: str) -> None:
+@pytest.mark.parametrize(("transport", "packed"), [("pci", False), ("mmio", False), ("pci", True)])
+def test_inflate_and_deflate(start: Callable[..., Machine], transport: str, packed: bool) -> None:
     """The guest fills memory and frees it; the balloon takes it, so the host has it."""
     script = """\
 mount -t tmpfs -o size=160m tmp /mnt
@@ -70,7 +70,7 @@ echo "vmm-guest: up"
 read line
 echo "total=$(awk '/MemFree/{print $2}' /proc/meminfo)"
 """
-    vm = start(script, transport, balloon="0,reporting=off,stats=1")
+    vm = start(script, transport, balloon="0,reporting=off,stats=1", packed=packed)
     balloon = balloon_of(vm)
     full = resident(vm.memory.ranges)
     free = balloon.stats(timeout=60)["free_memory"]

@@ -47,8 +47,8 @@ def kib(vm: Machine, name: str) -> int:
     return int(found.group(1))
 
 
-@pytest.mark.parametrize("transport", ["pci", "mmio"])
-def test_memory_is_plugged_and_unplugged(kernel: str, transport: str) -> None:
+@pytest.mark.parametrize(("transport", "packed"), [("pci", False), ("mmio", False), ("mmio", True)])
+def test_memory_is_plugged_and_unplugged(kernel: str, transport: str, packed: bool) -> None:
     archive = build(SCRIPT, kernel_tree(), modules=(*VIRTIO_MODULES, "virtio_mem"))
     with Machine(
         kernel=kernel,
@@ -57,6 +57,7 @@ def test_memory_is_plugged_and_unplugged(kernel: str, transport: str) -> None:
         memory="256M",
         virtio_mem="1G",
         transport=transport,
+        packed=packed,
         timeout=BOOT_TIMEOUT,
     ) as vm:
         device = next(d for d in vm.devices if isinstance(d, VirtioMem))
