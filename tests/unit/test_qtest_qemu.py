@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,8 +35,12 @@ def server(request: pytest.FixtureRequest) -> tuple[str, ...]:
 
 
 class Boot:
-    def __init__(self, server: tuple[str, ...]) -> None:
+    def __init__(self, server: tuple[str, ...], scratch: Path) -> None:
         self.server = server
+        #: Whether the clock goes by clock_step.
+        self.stepping = True
+        self.halt = scratch / "halt"
+        self.halt.write_bytes(bytes(0xFFF0) + b"\xfa\xf4\xeb\xfd" + bytes(12))  # cli; hlt
         self.started: list[Qtest] = []
 
     def __call__(self, *args: str, machine: str = "pc", qmp: bool = False) -> Qtest:
@@ -44,9 +49,13 @@ class Boot:
         try:
             q = Qtest(*argv, server=self.server, qmp=qmp, log="/dev/null", env=env)
         except QtestError as e:
-            if "invalid accelerator" in str(e):
-                pytest.skip("this QEMU is built without the qtest accelerator, as Debian's is")
-            raise
+            if "invalid accelerator" not in str(e):
+                raise
+            # Built without the qtest accelerator, as Debian's is: an emulated CPU that halts.
+            server = (*self.server[:1], "-accel", "tcg", "-bios", str(self.halt))
+            argv = ("-nodefaults", "-display", "none", *argv)
+            self.stepping = False
+            q = Qtest(*argv, server=server, qmp=qmp, log="/dev/null", env=env)
         self.started.append(q)
         return self.started[-1]
 
@@ -77,11 +86,13 @@ class Boot:
 
 
 @pytest.fixture
-def boot(server: tuple[str, ...]) -> Iterator[Boot]:
-    boot = Boot(server)
+def boot(server: tuple[str, ...], tmp_path: Path) -> Iterator[Boot]:
+    boot = Boot(server, tmp_path)
     yield boot
+    # QEMU may be told to end before it listens to that.
+    good = (0,) if server == VMM else (0, -signal.SIGTERM)
     for q in boot.started:
-        assert q.close() == 0
+        assert q.close() in good
 
 
 def test_memory(boot: Boot) -> None:
@@ -114,6 +125,8 @@ def test_ports(boot: Boot) -> None:
 
 def test_the_clock(boot: Boot) -> None:
     q = boot()
+    if not boot.stepping:
+        pytest.skip("this QEMU's clock goes by itself")
     first = q.clock_step(1000)
     assert q.clock_step(500) == first + 500
     assert int(q.command(f"clock_set {first + 900}")) == first + 900
@@ -239,5 +252,10 @@ def test_pvpanic(boot: Boot) -> None:
 
 
 def test_a_device_that_is_not_there(boot: Boot) -> None:
-    with pytest.raises(QtestError):
-        boot("-device", "no-such-device")
+    try:
+        q = boot("-device", "no-such-device")
+    except QtestError:
+        return  # it ended before it connected
+    boot.started.clear()
+    assert q.wait() == 1
+    q.close()
