@@ -85,7 +85,7 @@ test-unit: setup ## unit, property and payload tests (the payloads need /dev/kvm
 	  --ignore=tests/nested $(ARGS)
 
 test-nested: setup ## the emulated host, and Linux boots inside it
-	@$(PY) -m guests.fetch cloud-amd64 amd64 busybox rootfs
+	@$(PY) -m guests.fetch cloud-amd64 amd64 busybox rootfs fio
 	@VMM_REQUIRE="$${CI:+nested}" $(PY) -m pytest -q tests/nested $(ARGS)
 	@$(PY) -m tests.run_boots $(ARGS)
 
@@ -104,8 +104,8 @@ format: $(BUILD)/venv.stamp ## let ruff format the Python
 asan: $(BUILD)/native.stamp ## the tests of the C core under ASan and UBSan
 	@tools/asan.sh $(ARGS)
 
-bench: setup ## boot clocks beside QEMU's (ARGS="net" or ARGS="device": throughput)
-	@$(PY) -m guests.fetch cloud-amd64 amd64 busybox
+bench: setup ## boot clocks beside QEMU's (ARGS=net, blk or device: throughput)
+	@$(PY) -m guests.fetch cloud-amd64 amd64 busybox fio
 	@$(PY) -m bench $(ARGS)
 
 wheel: $(BUILD)/venv.stamp guests ## sdist and wheel in dist/

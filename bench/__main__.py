@@ -1,6 +1,6 @@
 """Runs a benchmark where Linux boots: here, or in the emulated host that vmm brings along.
 
-``python -m bench [boot|net|device] [argument]…``; default boot. ``device`` runs
+``python -m bench [boot|net|blk|device] [argument]…``; default boot. ``device`` runs
 here, as it needs no Linux guest.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.linux import can_boot_linux
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("boot", "net", "device")
+NAMES = ("boot", "net", "blk", "device")
 
 
 def main() -> int:
