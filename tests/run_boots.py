@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> int:
     environment = {**os.environ, "VMM_REQUIRE": "boot"}
     if can_boot_linux():
         return subprocess.call(tests, cwd=ROOT, env=environment)
-    names = [name for name in environment if name.startswith(("VMM_", "PYTHON", "CI"))]
+    names = [name for name in environment if name.startswith(("VMM_", "PYTHON", "PYTEST_", "CI"))]
     env = [f"--env={name}" for name in names]
     command = [sys.executable, "-m", "vmm", "nested", "--memory", host_memory(), *env, "--", *tests]
     return subprocess.call(command, cwd=ROOT, env=environment)

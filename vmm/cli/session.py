@@ -176,11 +176,10 @@ class Session:
 
     def _watch_disks(self) -> None:
         """With werror=pause and its like, say why the guest stands still and how it goes on."""
-        from vmm.devices.virtio.blk import Blk
-
         for device in self.machine.devices:
-            if isinstance(device, Blk) and device.on_io_error is not None:
-                device.on_io_error = self._teller(device.on_io_error)
+            disk: Any = device
+            if hasattr(disk, "on_io_error"):
+                disk.on_io_error = self._teller(disk.on_io_error)
 
     def _teller(self, pause: Callable[[Any, int], None]) -> Callable[[Any, int], None]:
         def tell(disk: Any, error: int) -> None:
