@@ -7,6 +7,7 @@ fails unless at least one test of each class ran. The closing lines say how many
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -24,6 +25,11 @@ _boots = [0]
 
 
 def pytest_configure() -> None:
+    # Some tests hold thousands of descriptors; a user's soft limit is often 1024.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY or hard > soft:
+        most = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
     # A busy host takes its time; a test that hangs is ended by its own deadline.
     hypothesis.settings.register_profile("vmm", deadline=None)
     hypothesis.settings.load_profile("vmm")

@@ -25,7 +25,7 @@ MIB = 1024  # in the KiB of /proc/meminfo
 
 @pytest.mark.parametrize(
     ("protocol", "cpus", "memory", "transport"),
-    product(["bzimage", "elf", "pvh"], [1, 4], [128, 512, 5120], ["pci", "mmio"]),
+    list(product(["bzimage", "elf", "pvh"], [1, 4], [128, 512, 5120], ["pci", "mmio"])),
 )
 def test_boots(boot: Boot, protocol: str, cpus: int, memory: int, transport: str) -> None:
     booted = boot(PROBE, boot=protocol, cpus=cpus, memory=f"{memory}M", transport=transport).ok()
