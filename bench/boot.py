@@ -136,6 +136,14 @@ def _read(fd: int) -> bytes | None:
     return os.read(fd, 65536)
 
 
+def machine() -> str:
+    """What the figures were measured on."""
+    return (
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, "
+        f"Linux {platform.release()}, Python {platform.python_version()}"
+    )
+
+
 def report(figures: dict[str, list[tuple[float, float, float]]], base: str) -> None:
     median = {
         name: [statistics.median(run[i] for run in runs) for i in range(3)]
@@ -147,10 +155,7 @@ def report(figures: dict[str, list[tuple[float, float, float]]], base: str) -> N
     print(
         f"\nmedians of {rounds} interleaved rounds, seconds after process start (ratio to {base})"
     )
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, "
-        f"Linux {platform.release()}, Python {platform.python_version()}"
-    )
+    print(machine())
     print(f"{'':22}" + "".join(f"{t:>24}" for t in titles))
     for name, row in median.items():
         cells = (f"{v:.3f} ({v / b:.2f})" for v, b in zip(row, median[base], strict=True))

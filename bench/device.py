@@ -11,7 +11,6 @@ will do, a software KVM too, where the VMM still runs at the host's own speed.
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -19,9 +18,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.boot import ROOT, machine
+
 PAYLOAD = ROOT / "build" / "guests" / "blkload"
 IMAGE_BYTES = 16 << 20
 BATCH = 128  # of the payload
@@ -109,8 +108,7 @@ def main(argv: list[str]) -> int:
                 print(f"round {turn} {name}: {rates[name][-1] / 1000:.0f} k/s", flush=True)
     print(
         f"\n4 KiB cached reads, {BATCH} a notification: medians of {rounds} interleaved rounds, "
-        f"thousand requests a second (ratio of vmm to it)\n{platform.machine()}, "
-        f"{os.cpu_count()} CPUs, Linux {platform.release()}, Python {platform.python_version()}"
+        f"thousand requests a second (ratio of vmm to it)\n{machine()}"
     )
     ours = statistics.median(rates["vmm"])
     for name, values in rates.items():

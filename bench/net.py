@@ -12,25 +12,22 @@ from __future__ import annotations
 
 import fcntl
 import os
-import platform
 import shutil
 import statistics
 import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
+from bench.boot import ROOT, Argv, machine, qemu, vmm
 from guests.fetch import busybox, fetch
 from guests.initramfs import VIRTIO_MODULES, build, kernel_tree
 from guests.tools import archive
 
-ROOT = Path(__file__).resolve().parent.parent
 TAP, HOST, GUEST = "vmmbench0", "10.97.0.1", "10.97.0.2"
 USER_HOST, USER_GUEST = "10.0.2.2", "10.0.2.15"
 PORT = 7797
-APPEND = "console=ttyS0 quiet panic=-1 reboot=t"
 DEADLINE_S = 600
 FIGURES = ("tx1_mb_s", "tx8_mb_s", "rx1_mb_s", "rx8_mb_s", "rtt_p50_us", "rtt_p99_us")
 
@@ -45,39 +42,25 @@ netload ping {host} {port} 500
 poweroff -f
 """
 
-#: Kernel and initramfs -> the command.
-Argv = Callable[[str, str], list[str]]
 
-
-def vmm(net: str) -> Argv:
-    return lambda kernel, initrd: [
-        sys.executable, "-m", "vmm", "run", "--accel", "kvm", "-k", kernel, "-i", initrd,
-        "-m", "512M", "-a", APPEND, "--net", net,
-    ]  # fmt: skip
-
-
-def qemu(netdev: str) -> Argv:
-    return lambda kernel, initrd: [
-        "qemu-system-x86_64", "-M", "q35", "-accel", "kvm", "-cpu", "host", "-m", "512",
-        "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio",
-        "-kernel", kernel, "-initrd", initrd, "-append", APPEND, "-netdev", f"{netdev},id=n",
-        "-device", "virtio-net-pci,netdev=n,disable-legacy=on,romfile=",
-    ]  # fmt: skip
+def qemu_card(netdev: str) -> Argv:
+    card = "virtio-net-pci,netdev=n,disable-legacy=on,romfile="
+    return qemu("q35", "-netdev", f"{netdev},id=n", "-device", card)
 
 
 def contenders() -> dict[str, tuple[Argv, bool]]:
     """By name: the command, and whether it is on the tap."""
     tap = f"tap,ifname={TAP},script=no,downscript=no"
-    found = {"vmm tap": (vmm(f"tap,ifname={TAP}"), True)}
+    found = {"vmm tap": (vmm("--net", f"tap,ifname={TAP}"), True)}
     have_qemu = shutil.which("qemu-system-x86_64") is not None
     if have_qemu:
-        found["qemu tap"] = (qemu(f"{tap},vhost=off"), True)
+        found["qemu tap"] = (qemu_card(f"{tap},vhost=off"), True)
         if os.path.exists("/dev/vhost-net"):
-            found["qemu tap, vhost"] = (qemu(f"{tap},vhost=on"), True)
+            found["qemu tap, vhost"] = (qemu_card(f"{tap},vhost=on"), True)
     if shutil.which("passt"):
-        found["vmm user"] = (vmm("user"), False)
+        found["vmm user"] = (vmm("--net", "user"), False)
     if have_qemu:
-        found["qemu user"] = (qemu("user"), False)
+        found["qemu user"] = (qemu_card("user"), False)
     return found
 
 
@@ -127,8 +110,7 @@ def report(figures: dict[str, list[dict[str, float]]]) -> None:
     rounds = len(next(iter(figures.values())))
     print(
         f"\nmedians of {rounds} interleaved rounds (ratio of vmm to it on the same network)\n"
-        f"{platform.machine()}, {os.cpu_count()} CPUs, Linux {platform.release()}, "
-        f"Python {platform.python_version()}"
+        f"{machine()}"
     )
     print(f"{'':18}" + "".join(f"{name:>20}" for name in FIGURES))
     median = {

@@ -30,6 +30,10 @@ PACKAGES = ("vmm.devices.virtio", "vmm.devices")
 GROUP = "vmm.devices"
 
 
+def _home(package: str) -> str:
+    return os.path.join(os.path.dirname(__file__), *package.split(".")[1:])
+
+
 def _module(name: str) -> ModuleType | None:
     """The device module that the flag ``name`` stands for."""
     from importlib import import_module
@@ -37,8 +41,7 @@ def _module(name: str) -> ModuleType | None:
     if not name.replace("_", "").isalnum() or not name.isascii():
         return None
     for package in PACKAGES:
-        home = os.path.join(os.path.dirname(__file__), *package.split(".")[1:])
-        if os.path.exists(os.path.join(home, f"{name}.py")):
+        if os.path.exists(os.path.join(_home(package), f"{name}.py")):
             module = import_module(f"{package}.{name}")
             if hasattr(module, "DEVICE"):
                 return module
@@ -55,8 +58,7 @@ def builtins() -> dict[str, type[Device]]:
     """All of vmm's own, by their flags' names without dashes in front."""
     found = {}
     for package in PACKAGES:
-        home = os.path.join(os.path.dirname(__file__), *package.split(".")[1:])
-        for file in sorted(os.listdir(home)):
+        for file in os.listdir(_home(package)):
             name = file.removesuffix(".py")
             device = builtin(name) if file.endswith(".py") and name != "__init__" else None
             if device is not None:

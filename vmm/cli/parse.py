@@ -52,8 +52,8 @@ def parse(argv: list[str], command: str, *, takes_rest: bool = False) -> Parsed:
         flag, equals, value = arg.partition("=")
         if flag not in known and "-" + flag in known and len(flag) > 2:
             flag = "-" + flag
-        if flag not in known and "devices" in {row.dest for row, _ in known.values()}:
-            row = device_setting(flag.lstrip("-")) if len(flag) > 2 else None
+        if flag not in known and "--device" in known and len(flag) > 2:
+            row = device_setting(flag.lstrip("-"))
             if row is not None:
                 known[flag] = (row, True)
         if flag in known:
