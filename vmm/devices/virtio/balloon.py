@@ -16,7 +16,7 @@ import struct
 import threading
 
 from vmm._native import ffi, lib
-from vmm.devices.virtio.device import IoThread, VirtioDevice
+from vmm.devices.virtio.device import VirtioDevice
 from vmm.devices.virtio.lent import Lent
 from vmm.errors import ConfigError, VmmError
 from vmm.options import Field
@@ -94,7 +94,6 @@ class Balloon(VirtioDevice):
         """``target`` in bytes, ``stats`` the seconds between statistics (None: when asked)."""
         super().__init__(name)
         self._lent = Lent(self)
-        self._threads: list[IoThread] = []
         self._period = stats
         self._reporting = reporting
         self._deflate_on_oom = deflate_on_oom
@@ -131,8 +130,7 @@ class Balloon(VirtioDevice):
     def attach(self, memory: GuestMemory, loop: Any) -> None:
         super().attach(memory, loop)
         # Its own if there may be one: the kernel may take long to take much memory.
-        self._threads = self.placement.threads(self.name, 1)
-        loop = self._threads[0].native if self._threads else loop
+        (loop,) = self.io_loops(loop)
         self._lent.native = lib.vmm_balloon_create(loop, memory.table, self.QUEUE_SIZES[0])
         if self._lent.native == ffi.NULL:
             raise MemoryError(self.name)
@@ -182,12 +180,7 @@ class Balloon(VirtioDevice):
             lib.vmm_balloon_cancel(native)
             self._lent.wait()
             lib.vmm_balloon_destroy(native)
-        for thread in self._threads:
-            thread.close()
-        self._threads = []
-
-    def io_threads(self) -> list[IoThread]:
-        return list(self._threads)
+        self.close_threads()
 
     # ---- for whoever runs the machine -----------------------------------------------------------
 

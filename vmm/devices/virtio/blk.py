@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from vmm.devices.virtio.device import IoThread
     from vmm.devices.virtio.transport import QueueConfig, QueueIrqs
     from vmm.memory import GuestMemory
 
@@ -94,7 +93,6 @@ class Blk(VirtioDevice):
         self._uring = uring
         self._limits = (spec.bps, spec.bps_burst, spec.iops, spec.iops_burst)
         self._native = ffi.NULL
-        self._threads: list[IoThread] = []
         self._irqs: QueueIrqs | None = None
         self._lock = threading.Lock()  # _irqs and what the guest is told about the disk
         self._unsaid = False  # the driver may have read a size that is no longer true
@@ -136,8 +134,7 @@ class Blk(VirtioDevice):
         super().attach(memory, loop)
         spec = self.spec
         queues = len(self.QUEUE_SIZES)
-        self._threads = self.placement.threads(self.name, queues)
-        loops = [thread.native for thread in self._threads] or [loop]
+        loops = self.io_loops(loop, queues)
         config = ffi.new("struct vmm_blk_config *")
         config.fd = self._image.fd
         config.buffered_fd = self._image.buffered_fd
@@ -204,9 +201,7 @@ class Blk(VirtioDevice):
             self._held_fd = -1
         lib.vmm_blk_destroy(self._native)
         self._native = ffi.NULL
-        for thread in self._threads:
-            thread.close()
-        self._threads = []
+        self.close_threads()
         self._image.close()
 
     # ---- what the host sees and changes ----------------------------------------------------------
@@ -224,9 +219,6 @@ class Blk(VirtioDevice):
         if self._native != ffi.NULL:
             lib.vmm_blk_stats(self._native, out)
         return {name: int(getattr(out, name)) for name, _ in ffi.typeof(out).item.fields}
-
-    def io_threads(self) -> list[IoThread]:
-        return list(self._threads)
 
     def pending(self) -> int:
         return self.stats()["pending"]

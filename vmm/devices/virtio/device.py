@@ -65,6 +65,7 @@ class VirtioDevice(Device):
         #: Offer packed queues; the machine sets it before a transport takes the device.
         self.packed = False
         self._memory: GuestMemory | None = None
+        self._threads: list[IoThread] = []
         self._active = False
         self._irqs: QueueIrqs | None = None
         self._reports = [ffi.new("struct vmm_service_report *") for _ in self.QUEUE_SIZES]
@@ -97,7 +98,19 @@ class VirtioDevice(Device):
 
     def io_threads(self) -> list[IoThread]:
         """I/O threads of the device's own, once it is attached."""
-        return []
+        return list(self._threads)
+
+    def io_loops(self, shared: Any, queues: int = 1) -> list[Any]:
+        """For ``attach``: loops (struct vmm_loop *) to serve so many queues on, where the
+        placement has them: new ones, which the device owns, or ``shared``. Raises HostError."""
+        self._threads = self.placement.threads(self.name, queues)
+        return [thread.native for thread in self._threads] or [shared]
+
+    def close_threads(self) -> None:
+        """For ``close``, once the C half that worked on them is gone."""
+        for thread in self._threads:
+            thread.close()
+        self._threads = []
 
     def pending(self) -> int:
         """How many requests wait for the host, as far as the device knows. Any thread."""

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from vmm.board import Board
     from vmm.chario import Sink, Stream
-    from vmm.devices.virtio.device import IoThread
     from vmm.devices.virtio.net_backend import Backend
     from vmm.memory import GuestMemory
     from vmm.options import Options
@@ -87,7 +86,6 @@ class Net(VirtioDevice):
     ) -> None:
         self.backend = backend
         self._native = ffi.NULL
-        self._threads: list[IoThread] = []
         self._dump: _Dump | None = None
         self._queue_size = queue_size
         self.limits = dict(limits or {})
@@ -143,8 +141,7 @@ class Net(VirtioDevice):
         super().attach(memory, loop)
         self.backend.ready(self.mac)
         # All its queues share what is limited, and are served by one.
-        self._threads = self.placement.threads(self.name, 1)
-        loop = self._threads[0].native if self._threads else loop
+        (loop,) = self.io_loops(loop)
         self._native = lib.vmm_net_create(loop, self._native_config())
         if self._native == ffi.NULL:
             raise HostError(f"{self.name}: {os.strerror(ffi.errno)}", errno=ffi.errno)
@@ -162,9 +159,6 @@ class Net(VirtioDevice):
         for name, (rate, burst) in self.limits.items():
             lib.vmm_bucket_set(ffi.addressof(config, name), rate, burst)
         return config
-
-    def io_threads(self) -> list[IoThread]:
-        return self._threads
 
     def start_queue(self, index: int, config: Any) -> int:
         return int(lib.vmm_net_start(self._native, config))
@@ -232,9 +226,7 @@ class Net(VirtioDevice):
         super().close()
         lib.vmm_net_destroy(self._native)
         self._native = ffi.NULL
-        for thread in self._threads:
-            thread.close()
-        self._threads = []
+        self.close_threads()
         if self._dump is not None:
             self._dump.close()
             self._dump = None

@@ -59,7 +59,6 @@ class Pmem(VirtioDevice):
         self.base = -1
         self._native = ffi.NULL
         self._hva = ffi.NULL
-        self._thread: IoThread | None = None
         self._shadow: _Dropped | None = None
         self._image = Image(path, readonly, False)
         try:
@@ -101,16 +100,14 @@ class Pmem(VirtioDevice):
     def attach(self, memory: GuestMemory, loop: Any) -> None:
         super().attach(memory, loop)
         # Of its own wherever the others' are: a sync may take long.
-        self._thread = IoThread(self.name)
-        self.placement.pin(self._thread.native)
+        self._threads = [IoThread(self.name)]
+        own = self._threads[0].native
+        self.placement.pin(own)
         self._native = lib.vmm_pmem_create(
-            self._thread.native, self._image.buffered_fd, self.QUEUE_SIZES[0]
+            own, self._image.buffered_fd, self.QUEUE_SIZES[0]
         )
         if self._native == ffi.NULL:
             raise MemoryError(self.name)
-
-    def io_threads(self) -> list[IoThread]:
-        return [self._thread] if self._thread is not None else []
 
     def start_queue(self, index: int, config: Any) -> int:
         return int(lib.vmm_pmem_start(self._native, config))
@@ -148,9 +145,7 @@ class Pmem(VirtioDevice):
         super().close()
         lib.vmm_pmem_destroy(self._native)
         self._native = ffi.NULL
-        if self._thread is not None:
-            self._thread.close()
-            self._thread = None
+        self.close_threads()
         self._unmap()
 
     def _unmap(self) -> None:

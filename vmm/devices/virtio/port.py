@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmm.board import Board
-    from vmm.devices.virtio.device import IoThread
     from vmm.memory import GuestMemory
     from vmm.options import Options
 
@@ -192,7 +191,6 @@ class Ports(VirtioDevice):
 
     def __init__(self, name: str = "ports0") -> None:
         self.ports: list[Port] = []
-        self._threads: list[IoThread] = []
         super().__init__(name)
         self._native = ffi.NULL
         self._grow()  # the control queues
@@ -221,8 +219,7 @@ class Ports(VirtioDevice):
     def attach(self, memory: GuestMemory, loop: Any) -> None:
         super().attach(memory, loop)
         # Its own if there may be one: to write to a file can take long.
-        self._threads = self.placement.threads(self.name, 1)
-        loop = self._threads[0].native if self._threads else loop
+        (loop,) = self.io_loops(loop)
         self._native = lib.vmm_ports_create(loop, len(self.ports), _DEPTH)
         if self._native == ffi.NULL:
             raise HostError(
@@ -278,9 +275,7 @@ class Ports(VirtioDevice):
         super().close()
         lib.vmm_ports_destroy(self._native)
         self._native = ffi.NULL
-        for thread in self._threads:
-            thread.close()
-        self._threads = []
+        self.close_threads()
         for port in self.ports:
             port.close()
 

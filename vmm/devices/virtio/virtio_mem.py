@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 
 from vmm._native import ffi, lib
-from vmm.devices.virtio.device import IoThread, VirtioDevice
+from vmm.devices.virtio.device import VirtioDevice
 from vmm.devices.virtio.lent import Lent
 from vmm.errors import ConfigError, HostError
 from vmm.options import Field
@@ -64,7 +64,6 @@ class VirtioMem(VirtioDevice):
     ) -> None:
         """Raises ConfigError."""
         self._lent = Lent(self)
-        self._threads: list[IoThread] = []
         super().__init__(name)
         if block < BLOCK_MIN or block & (block - 1):
             raise ConfigError(
@@ -129,8 +128,7 @@ class VirtioMem(VirtioDevice):
         config.populate = self._populate or memory.backing == "hugetlb"
         config.queue_size = QUEUE_SIZE
         # Its own if there may be one: the kernel may take long over much memory.
-        self._threads = self.placement.threads(self.name, 1)
-        loop = self._threads[0].native if self._threads else loop
+        (loop,) = self.io_loops(loop)
         self._lent.native = lib.vmm_virtio_mem_create(loop, config)
         if self._lent.native == ffi.NULL:
             raise HostError(f"{self.name}: {os.strerror(ffi.errno)}", errno=ffi.errno)
@@ -151,12 +149,7 @@ class VirtioMem(VirtioDevice):
         native = self._lent.take_back()
         self._lent.wait()
         lib.vmm_virtio_mem_destroy(native)
-        for thread in self._threads:
-            thread.close()
-        self._threads = []
-
-    def io_threads(self) -> list[IoThread]:
-        return list(self._threads)
+        self.close_threads()
 
     # ---- for whoever runs the machine; any thread ------------------------------------------------
 

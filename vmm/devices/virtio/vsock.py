@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmm.board import Board
-    from vmm.devices.virtio.device import IoThread
     from vmm.memory import GuestMemory
     from vmm.options import Options
 
@@ -78,7 +77,6 @@ class Vsock(VirtioDevice):
         self.path = path
         self._native = ffi.NULL
         self._listener: Listener | None = None
-        self._threads: list[IoThread] = []
         self._set_cid(cid)
         if path is not None:
             try:
@@ -94,8 +92,7 @@ class Vsock(VirtioDevice):
     def attach(self, memory: GuestMemory, loop: Any) -> None:
         super().attach(memory, loop)
         # Its own if there may be one: to find a socket's path can take long on some file systems.
-        self._threads = self.placement.threads(self.name, 1)
-        loop = self._threads[0].native if self._threads else loop
+        (loop,) = self.io_loops(loop)
         fd = -1 if self._listener is None else self._listener.fileno()
         path = os.fsencode(self.path or "")
         self._native = lib.vmm_vsock_create(loop, self.cid, fd, path, max(self.QUEUE_SIZES))
@@ -178,9 +175,7 @@ class Vsock(VirtioDevice):
         super().close()
         lib.vmm_vsock_destroy(self._native)
         self._native = ffi.NULL
-        for thread in self._threads:
-            thread.close()
-        self._threads = []
+        self.close_threads()
         if self._listener is not None:
             self._listener.close()
             self._listener = None
