@@ -4,8 +4,10 @@
 
 #include <errno.h>
 #include <grp.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/resource.h>
@@ -19,6 +21,26 @@ _Noreturn static void child_fail(int report, const char *what, const char *which
 {
 	dprintf(report, "%s%s: %s", what, which, strerror(errno));
 	_exit(125);
+}
+
+/* execvp() says EACCES too when only a directory of PATH may not be searched, which a shell passes
+ * over. Whether the command is anywhere. */
+static int command_exists(const char *name)
+{
+	const char *path = getenv("PATH");
+	char file[PATH_MAX];
+
+	if (strchr(name, '/') || !path)
+		return 1;
+	for (const char *end; *path; path = *end ? end + 1 : end) {
+		end = strchrnul(path, ':');
+		int n = snprintf(file, sizeof(file), "%.*s%s%s", (int)(end - path), path,
+				 end == path ? "" : "/", name);
+
+		if (n > 0 && (size_t)n < sizeof(file) && !access(file, F_OK))
+			return 1;
+	}
+	return 0;
 }
 
 _Noreturn void child_main(const struct session *s, const int fds[3], int tty, int report)
@@ -47,6 +69,8 @@ _Noreturn void child_main(const struct session *s, const int fds[3], int tty, in
 	execvp(s->argv[0], s->argv);
 	int why = errno;
 
+	if (why == EACCES && !command_exists(s->argv[0]))
+		why = ENOENT;
 	dprintf(2, "vmm: %s: %s\n", s->argv[0],
 		why == ENOENT ? "command not found" : strerror(why));
 	_exit(why == ENOENT || why == ENOTDIR ? 127 : 126);

@@ -63,7 +63,8 @@ class Machine:
         self._memory = memory
         self._cpus = cpus
         self._shares = shares
-        self._append = KERNEL_ARGS if verbose else f"{KERNEL_ARGS} quiet"
+        # Warnings and above: the serial line is slow, but a panic without registers says nothing.
+        self._append = KERNEL_ARGS if verbose else f"{KERNEL_ARGS} loglevel=5"
 
     def run(self, pump: Callable[[Qemu], Pump], *, keep: bool) -> int:
         """Start a machine, hand it to ``pump`` and see that through; gives the exit status.

@@ -369,10 +369,11 @@ def _why_ended(status: int, log: bytearray) -> str:
 
 
 def print_tail(log: bytearray) -> None:
-    """The end of the machine's log on stderr, to go with an error: from a panic on, if any."""
+    """The end of the machine's log on stderr, to go with an error: more of it after a panic, as
+    the reason stands before that."""
     lines = log.decode(errors="replace").replace("\r", "").splitlines()[-_TAIL_PANIC:]
-    panic = next((nr for nr, line in enumerate(lines) if "Kernel panic" in line), None)
-    lines = lines[-_TAIL:] if panic is None else lines[panic:]
+    if not any("Kernel panic" in line for line in lines):
+        lines = lines[-_TAIL:]
     if lines:
         say(["--- the end of the nested machine's log ---", *lines])
 
