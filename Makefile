@@ -104,7 +104,7 @@ format: $(BUILD)/venv.stamp ## let ruff format the Python
 asan: $(BUILD)/native.stamp ## the tests of the C core under ASan and UBSan
 	@tools/asan.sh $(ARGS)
 
-bench: setup ## boot clocks beside QEMU's (ARGS=net, blk or device: throughput)
+bench: setup ## boot clocks beside QEMU's (ARGS=net, blk, device or latency)
 	@$(PY) -m guests.fetch cloud-amd64 amd64 busybox fio
 	@$(PY) -m bench $(ARGS)
 

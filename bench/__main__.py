@@ -1,7 +1,7 @@
 """Runs a benchmark where Linux boots: here, or in the emulated host that vmm brings along.
 
-``python -m bench [boot|net|blk|device] [argument]…``; default boot. ``device`` runs
-here, as it needs no Linux guest.
+``python -m bench [boot|net|blk|device|latency] [argument]…``; default boot. ``device`` and
+``latency`` run here, as they need no Linux guest.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 from tests.linux import can_boot_linux
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("boot", "net", "blk", "device")
+NAMES = ("boot", "net", "blk", "device", "latency")
+HERE = ("device", "latency")
 
 
 def main() -> int:
@@ -24,7 +25,7 @@ def main() -> int:
     bench = import_module(f"bench.{name}")
     if hasattr(bench, "prepare"):
         bench.prepare()
-    if name == "device" or can_boot_linux():
+    if name in HERE or can_boot_linux():
         return int(bench.main(argv))
     print("bench: this host's KVM cannot boot Linux; measuring inside an emulated host", flush=True)
     inner = [sys.executable, "-m", f"bench.{name}", *argv]

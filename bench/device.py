@@ -21,35 +21,39 @@ from collections.abc import Callable
 
 from bench.boot import ROOT, machine
 
-PAYLOAD = ROOT / "build" / "guests" / "blkload"
+PAYLOAD = "blkload"
 IMAGE_BYTES = 16 << 20
 BATCH = 128  # of the payload
 DEADLINE_S = 120
 
-#: An image, how many batches -> the command.
-Argv = Callable[[str, int], list[str]]
+#: A payload's name, its argument, an image -> the command.
+Argv = Callable[[str, str, str], list[str]]
+
+
+def payload_path(name: str) -> str:
+    return str(ROOT / "build" / "guests" / name)
 
 
 def vmm(*extra: str) -> Argv:
-    def argv(image: str, batches: int) -> list[str]:
+    def argv(payload: str, append: str, image: str) -> list[str]:
         return [
-            sys.executable, "-m", "vmm", "run", "--accel", "kvm", "-k", str(PAYLOAD), "--testdev",
-            "-m", "64M", "--no-rng", "-d", image, "-a", str(batches), *extra,
+            sys.executable, "-m", "vmm", "run", "--accel", "kvm", "-k", payload_path(payload),
+            "--testdev", "-m", "64M", "--no-rng", "-d", image, "-a", append, *extra,
         ]  # fmt: skip
 
     return argv
 
 
 def qemu(aio: str, *, iothread: bool = True) -> Argv:
-    def argv(image: str, batches: int) -> list[str]:
+    def argv(payload: str, append: str, image: str) -> list[str]:
         drive = f"if=none,id=d,file={image},format=raw,aio={aio},cache=writeback"
         device = "virtio-blk-pci,drive=d,disable-legacy=on"
         thread = ["-object", "iothread,id=t"] if iothread else []
         return [
             "qemu-system-x86_64", "-M", "q35", "-accel", "kvm", "-m", "64", "-nodefaults",
             "-display", "none", "-serial", "stdio", "-no-reboot",
-            "-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-kernel", str(PAYLOAD),
-            "-append", str(batches), *thread, "-drive", drive,
+            "-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-device", "pc-testdev",
+            "-kernel", payload_path(payload), "-append", append, *thread, "-drive", drive,
             "-device", device + (",iothread=t" if iothread else ""),
         ]  # fmt: skip
 
@@ -103,7 +107,7 @@ def main(argv: list[str]) -> int:
         image.flush()
         for turn in range(rounds):
             for name, make in contenders().items():
-                took = measure(make(image.name, batches))
+                took = measure(make(PAYLOAD, str(batches), image.name))
                 rates[name].append(batches * BATCH / took)
                 print(f"round {turn} {name}: {rates[name][-1] / 1000:.0f} k/s", flush=True)
     print(
