@@ -1,4 +1,4 @@
-"""virtio-net under Linux guests: TCP both ways, one and eight streams, and round trips.
+"""virtio-net under Linux guests: TCP both ways, one and eight streams, round trips, datagrams.
 
 The same stock kernel and initramfs under vmm and QEMU, on a tap (QEMU's with and without
 vhost-net) and by user-mode networking (passt here, slirp in QEMU), taking turns on one machine.
@@ -29,7 +29,10 @@ TAP, HOST, GUEST = "vmmbench0", "10.97.0.1", "10.97.0.2"
 USER_HOST, USER_GUEST = "10.0.2.2", "10.0.2.15"
 PORT = 7797
 DEADLINE_S = 600
-FIGURES = ("tx1_mb_s", "tx8_mb_s", "rx1_mb_s", "rx8_mb_s", "rtt_p50_us", "rtt_p99_us")
+FIGURES = (
+    "tx1_mb_s", "tx8_mb_s", "rx1_mb_s", "rx8_mb_s", "rtt_p50_us", "rtt_p99_us", "utx_kpps",
+    "urx_kpps",
+)  # fmt: skip
 
 SCRIPT = """\
 ip addr add {guest}/24 dev eth0
@@ -39,6 +42,8 @@ netload send {host} {port} {seconds} 8 | sed 's/^tx/tx8/'
 netload recv {host} {port} {seconds} 1 | sed 's/^rx/rx1/'
 netload recv {host} {port} {seconds} 8 | sed 's/^rx/rx8/'
 netload ping {host} {port} 500
+netload usend {host} {port} {seconds}
+netload urecv {host} {port} {seconds}
 poweroff -f
 """
 

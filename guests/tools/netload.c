@@ -5,9 +5,11 @@
  *   netload send HOST PORT SECONDS STREAMS	prints "tx_mb_s=N"
  *   netload recv HOST PORT SECONDS STREAMS	prints "rx_mb_s=N"
  *   netload ping HOST PORT COUNT		prints "rtt_p50_us=N" and "rtt_p99_us=N"
+ *   netload usend HOST PORT SECONDS	UDP, frames of 64 bytes: prints "utx_kpps=N"
+ *   netload urecv HOST PORT SECONDS	prints "urx_kpps=N"
  *
- * The first byte of a connection says what the client does: 's', 'r' or 'p'. Rates are those the
- * receiving side saw, in units of 10^6 bytes.
+ * The first byte of a connection says what the client does: 's', 'r', 'p', 'S' or 'R'. Rates are
+ * those the receiving side saw, in units of 10^6 bytes or 10^3 datagrams.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -26,6 +28,8 @@
 #include <unistd.h>
 
 #define PIECE (128 << 10)
+#define DATAGRAM 18 /* a frame of 64 bytes with its checksum */
+#define BATCH 64
 
 static char piece[PIECE];
 
@@ -67,6 +71,70 @@ static uint64_t drain(int fd, double until)
 	return total;
 }
 
+/* Up to BATCH datagrams from or to a connected socket; how many. */
+static int many(int fd, int sending, int flags)
+{
+	struct mmsghdr messages[BATCH] = { 0 };
+	struct iovec iov = { piece, DATAGRAM };
+	int n;
+
+	for (int i = 0; i < BATCH; i++) {
+		messages[i].msg_hdr.msg_iov = &iov;
+		messages[i].msg_hdr.msg_iovlen = 1;
+	}
+	n = sending ? sendmmsg(fd, messages, BATCH, flags) :
+		      recvmmsg(fd, messages, BATCH, flags, NULL);
+	return n < 0 ? 0 : n;
+}
+
+/* Datagrams that come until `until`, or until the connection beside them ends. */
+static uint64_t count_datagrams(int fd, int beside, double until)
+{
+	struct pollfd wait[2] = { { .fd = fd, .events = POLLIN }, { .fd = beside, .events = POLLIN } };
+	uint64_t total = 0;
+
+	while (now() < until && poll(wait, 2, 100) >= 0) {
+		int n = wait[0].revents & POLLIN ? many(fd, 0, MSG_DONTWAIT) : 0;
+
+		total += (uint64_t)n;
+		if (!n && wait[1].revents)
+			break;
+	}
+	return total;
+}
+
+static void flood(int fd, double until)
+{
+	while (now() < until)
+		many(fd, 1, 0);
+}
+
+/* The server's side: where datagrams go is said over the connection, and who sends the first is
+ * who they are for. */
+static void answer_datagrams(int client, int sending)
+{
+	struct sockaddr_in at = { .sin_family = AF_INET }, peer;
+	socklen_t size = sizeof(at), peer_size = sizeof(peer);
+	int fd = socket(AF_INET, SOCK_DGRAM, 0);
+	uint64_t total;
+	double seconds;
+
+	if (bind(fd, (struct sockaddr *)&at, sizeof(at)) ||
+	    getsockname(fd, (struct sockaddr *)&at, &size) ||
+	    read(client, &seconds, sizeof(seconds)) != sizeof(seconds) ||
+	    write(client, &at.sin_port, sizeof(at.sin_port)) < 0 ||
+	    recvfrom(fd, piece, DATAGRAM, 0, (struct sockaddr *)&peer, &peer_size) < 0 ||
+	    connect(fd, (struct sockaddr *)&peer, peer_size) || write(client, "", 1) < 0)
+		return;
+	if (sending) {
+		flood(fd, now() + seconds);
+		return;
+	}
+	total = count_datagrams(fd, client, now() + 3600);
+	if (write(client, &total, sizeof(total)) < 0)
+		return;
+}
+
 /* One client: sinks and reports, sources, or echoes. */
 static void answer(int fd)
 {
@@ -84,6 +152,8 @@ static void answer(int fd)
 	} else if (what == 'r') {
 		if (read(fd, &seconds, sizeof(seconds)) == sizeof(seconds))
 			push(fd, now() + seconds);
+	} else if (what == 'S' || what == 'R') {
+		answer_datagrams(fd, what == 'R');
 	} else {
 		while (read(fd, &what, 1) == 1 && write(fd, &what, 1) == 1)
 			;
@@ -208,6 +278,39 @@ static int ping(char **argv)
 	return 0;
 }
 
+static int datagrams(char **argv, int sending)
+{
+	struct sockaddr_in to = { .sin_family = AF_INET };
+	int beside = dial(argv[2], atoi(argv[3])), fd = socket(AF_INET, SOCK_DGRAM, 0);
+	struct pollfd wait = { .fd = beside, .events = POLLIN };
+	double seconds = atof(argv[4]), began;
+	uint64_t total;
+	char byte;
+
+	if (write(beside, sending ? "S" : "R", 1) != 1 ||
+	    write(beside, &seconds, sizeof(seconds)) < 0 ||
+	    read(beside, &to.sin_port, sizeof(to.sin_port)) != sizeof(to.sin_port) ||
+	    inet_pton(AF_INET, argv[2], &to.sin_addr) != 1 ||
+	    connect(fd, (struct sockaddr *)&to, sizeof(to)))
+		fail("the server's port");
+	do /* the first may be lost: whoever has to find the way drops some */
+		many(fd, 1, 0);
+	while (poll(&wait, 1, 200) == 0);
+	if (read(beside, &byte, 1) != 1)
+		fail("the server's answer");
+	began = now();
+	if (sending) {
+		flood(fd, began + seconds);
+		shutdown(beside, SHUT_WR);
+		if (recv(beside, &total, sizeof(total), MSG_WAITALL) != sizeof(total))
+			fail("the receiver's count");
+	} else {
+		total = count_datagrams(fd, beside, began + seconds + 60);
+	}
+	printf("%s_kpps=%.1f\n", sending ? "utx" : "urx", (double)total / seconds / 1e3);
+	return 0;
+}
+
 int main(int argc, char **argv)
 {
 	signal(SIGPIPE, SIG_IGN);
@@ -219,7 +322,12 @@ int main(int argc, char **argv)
 		return load(argv, 0);
 	if (argc == 5 && !strcmp(argv[1], "ping"))
 		return ping(argv);
+	if (argc == 5 && !strcmp(argv[1], "usend"))
+		return datagrams(argv, 1);
+	if (argc == 5 && !strcmp(argv[1], "urecv"))
+		return datagrams(argv, 0);
 	fprintf(stderr, "usage: netload serve PORT | send|recv HOST PORT SECONDS STREAMS"
-			" | ping HOST PORT COUNT\n");
+			" | ping HOST PORT COUNT"
+			" | usend|urecv HOST PORT SECONDS\n");
 	return 2;
 }
