@@ -1,8 +1,9 @@
 """virtio-net under Linux guests: TCP both ways, one and eight streams, round trips, datagrams.
 
 The same stock kernel and initramfs under vmm and QEMU, on a tap (QEMU's with and without
-vhost-net) and by user-mode networking (passt here, slirp in QEMU), taking turns on one machine.
-The other end is a process of the host; the rates are what the receiving side saw.
+vhost-net), by user-mode networking (passt here, slirp in QEMU) and over vsock (AF_UNIX here,
+vhost-vsock in QEMU), taking turns on one machine. The other end is a process of the host; the
+rates are what the receiving side saw.
 
 ``python -m bench.net [--rounds N] [--seconds N] [--only NAME]…`` where Linux can be booted;
 ``python -m bench net …`` there or in an emulated host. Needs root, for the tap.
@@ -34,17 +35,24 @@ FIGURES = (
     "urx_kpps",
 )  # fmt: skip
 
-SCRIPT = """\
+CID = 43
+ADDRESS = {"tap": (HOST, GUEST), "user": (USER_HOST, USER_GUEST), "vsock": ("vsock", "")}
+MODULES = {"tap": "virtio_net", "user": "virtio_net", "vsock": "vmw_vsock_virtio_transport"}
+
+CARD = """\
 ip addr add {guest}/24 dev eth0
 ip link set eth0 up
+"""
+STREAMS = """\
 netload send {host} {port} {seconds} 1 | sed 's/^tx/tx1/'
 netload send {host} {port} {seconds} 8 | sed 's/^tx/tx8/'
 netload recv {host} {port} {seconds} 1 | sed 's/^rx/rx1/'
 netload recv {host} {port} {seconds} 8 | sed 's/^rx/rx8/'
 netload ping {host} {port} 500
+"""
+DATAGRAMS = """\
 netload usend {host} {port} {seconds}
 netload urecv {host} {port} {seconds}
-poweroff -f
 """
 
 
@@ -53,27 +61,32 @@ def qemu_card(netdev: str) -> Argv:
     return qemu("q35", "-netdev", f"{netdev},id=n", "-device", card)
 
 
-def contenders() -> dict[str, tuple[Argv, bool]]:
-    """By name: the command, and whether it is on the tap."""
+def contenders(folder: str) -> dict[str, tuple[Argv, str]]:
+    """By name: the command, and how it reaches the host."""
     tap = f"tap,ifname={TAP},script=no,downscript=no"
-    found = {"vmm tap": (vmm("--net", f"tap,ifname={TAP}"), True)}
+    found = {"vmm tap": (vmm("--net", f"tap,ifname={TAP}"), "tap")}
     have_qemu = shutil.which("qemu-system-x86_64") is not None
     if have_qemu:
-        found["qemu tap"] = (qemu_card(f"{tap},vhost=off"), True)
+        found["qemu tap"] = (qemu_card(f"{tap},vhost=off"), "tap")
         if os.path.exists("/dev/vhost-net"):
-            found["qemu tap, vhost"] = (qemu_card(f"{tap},vhost=on"), True)
+            found["qemu tap, vhost"] = (qemu_card(f"{tap},vhost=on"), "tap")
     if shutil.which("passt"):
-        found["vmm user"] = (vmm("--net", "user"), False)
+        found["vmm user"] = (vmm("--net", "user"), "user")
     if have_qemu:
-        found["qemu user"] = (qemu_card("user"), False)
+        found["qemu user"] = (qemu_card("user"), "user")
+    found["vmm vsock"] = (vmm("--vsock", f"cid={CID},path={folder}/vsock"), "vsock")
+    if have_qemu and os.path.exists("/dev/vhost-vsock"):
+        device = f"vhost-vsock-pci,guest-cid={CID},disable-legacy=on"
+        found["qemu vsock, vhost"] = (qemu("q35", "-device", device), "vsock")
     return found
 
 
-def initramfs(on_tap: bool, seconds: float, folder: str) -> str:
-    host, guest = (HOST, GUEST) if on_tap else (USER_HOST, USER_GUEST)
-    script = SCRIPT.format(host=host, guest=guest, port=PORT, seconds=seconds)
-    base = build(script, kernel_tree(), modules=(*VIRTIO_MODULES, "virtio_net"))
-    joined = Path(folder) / f"{'tap' if on_tap else 'user'}.cpio"
+def initramfs(how: str, seconds: float, folder: str) -> str:
+    host, guest = ADDRESS[how]
+    script = STREAMS if how == "vsock" else CARD + STREAMS + DATAGRAMS
+    script = script.format(host=host, guest=guest, port=PORT, seconds=seconds) + "poweroff -f\n"
+    base = build(script, kernel_tree(), modules=(*VIRTIO_MODULES, MODULES[how]))
+    joined = Path(folder) / f"{how}.cpio"
     joined.write_bytes(base.read_bytes() + archive("netload").read_bytes())
     return str(joined)
 
@@ -82,8 +95,8 @@ def prepare() -> None:
     """What is built, while files can still be kept."""
     fetch("cloud-amd64")
     with tempfile.TemporaryDirectory() as folder:
-        for on_tap in (True, False):
-            initramfs(on_tap, 1.0, folder)
+        for how in ADDRESS:
+            initramfs(how, 1.0, folder)
 
 
 def tap_up() -> None:
@@ -97,7 +110,7 @@ def tap_up() -> None:
     subprocess.run([*ip, "link", "set", TAP, "up"], check=True)
 
 
-def measure(argv: list[str]) -> dict[str, float]:
+def measure(argv: list[str], how: str) -> dict[str, float]:
     done = subprocess.run(
         argv, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, timeout=DEADLINE_S,
         check=False,
@@ -105,7 +118,7 @@ def measure(argv: list[str]) -> dict[str, float]:
     text = done.stdout.decode(errors="replace")
     pairs = (line.strip().partition("=") for line in text.splitlines())
     found = {name: float(value) for name, _, value in pairs if name in FIGURES}
-    if set(found) != set(FIGURES):
+    if set(found) != {name for name in FIGURES if how != "vsock" or "kpps" not in name}:
         said = done.stderr.decode(errors="replace")
         raise SystemExit(f"bench: {' '.join(argv)}\nprinted:\n{text}\n{said}")
     return found
@@ -119,12 +132,13 @@ def report(figures: dict[str, list[dict[str, float]]]) -> None:
     )
     print(f"{'':18}" + "".join(f"{name:>20}" for name in FIGURES))
     median = {
-        name: {f: statistics.median(run[f] for run in runs) for f in FIGURES}
+        name: {f: statistics.median(run[f] for run in runs) for f in runs[0]}
         for name, runs in figures.items()
     }
     for name, row in median.items():
-        ours = median.get(f"vmm {'user' if 'user' in name else 'tap'}", row)
-        cells = (f"{row[f]:.1f} ({ours[f] / row[f]:.2f})" for f in FIGURES)
+        how = name.partition(",")[0].split()[1]
+        ours = median.get(f"vmm {how}", row)
+        cells = (f"{row[f]:.1f} ({ours[f] / row[f]:.2f})" if f in row else "-" for f in FIGURES)
         print(f"{name:18}" + "".join(f"{cell:>20}" for cell in cells))
 
 
@@ -141,19 +155,20 @@ def main(argv: list[str]) -> int:
         else:
             raise SystemExit(f"bench.net: unknown argument {arg}")
     kernel = str(fetch("cloud-amd64"))
-    chosen = {n: c for n, c in contenders().items() if not only or n in only}
-    figures: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     with tempfile.TemporaryDirectory() as folder:
+        chosen = {n: c for n, c in contenders(folder).items() if not only or n in only}
+        figures: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
         tool = Path(folder) / "netload"
         source = ROOT / "guests" / "tools" / "netload.c"
         subprocess.run(["gcc", "-O2", "-o", str(tool), str(source)], check=True)
         tap_up()
-        server = subprocess.Popen([str(tool), "serve", str(PORT)], stdout=subprocess.DEVNULL)
+        serve = [str(tool), "serve", str(PORT), f"{folder}/vsock_{PORT}"]
+        server = subprocess.Popen(serve, stdout=subprocess.DEVNULL)
         try:
-            images = {tap: initramfs(tap, seconds, folder) for tap in (True, False)}
+            images = {how: initramfs(how, seconds, folder) for how in ADDRESS}
             for turn in range(rounds):
-                for name, (make, on_tap) in chosen.items():
-                    figures[name].append(measure(make(kernel, images[on_tap])))
+                for name, (make, how) in chosen.items():
+                    figures[name].append(measure(make(kernel, images[how]), how))
                     values = " ".join(f"{k}={v:g}" for k, v in figures[name][-1].items())
                     print(f"round {turn} {name}: {values}", flush=True)
         finally:

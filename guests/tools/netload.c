@@ -1,7 +1,9 @@
 /*
- * netload: TCP throughput and round-trip time, for benchmarks.
+ * netload: throughput and round-trip time of TCP and of vsock (HOST is then "vsock": whoever runs
+ * this machine), for benchmarks.
  *
- *   netload serve PORT			answers until killed; prints "ready" first
+ *   netload serve PORT [PATH]		answers until killed; prints "ready" first. TCP, vsock where
+ *					there is one, and an AF_UNIX socket at PATH
  *   netload send HOST PORT SECONDS STREAMS	prints "tx_mb_s=N"
  *   netload recv HOST PORT SECONDS STREAMS	prints "rx_mb_s=N"
  *   netload ping HOST PORT COUNT		prints "rtt_p50_us=N" and "rtt_p99_us=N"
@@ -23,9 +25,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+
+#include <linux/vm_sockets.h>
 
 #define PIECE (128 << 10)
 #define DATAGRAM 18 /* a frame of 64 bytes with its checksum */
@@ -160,40 +165,71 @@ static void answer(int fd)
 	}
 }
 
-static int serve(int port)
+static void listen_at(int *fds, int *count, int family, const void *at, socklen_t size)
 {
-	struct sockaddr_in at = { .sin_family = AF_INET, .sin_port = htons((uint16_t)port) };
-	int fd = socket(AF_INET, SOCK_STREAM, 0), one = 1;
+	int fd = socket(family, SOCK_STREAM, 0), one = 1;
 
 	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
-	if (bind(fd, (struct sockaddr *)&at, sizeof(at)) || listen(fd, 64))
-		fail("listen");
+	if (fd < 0 || bind(fd, at, size) || listen(fd, 64)) {
+		if (family != AF_VSOCK)
+			fail("listen");
+		close(fd);
+		return;
+	}
+	fds[(*count)++] = fd;
+}
+
+static int serve(int port, const char *path)
+{
+	struct sockaddr_in tcp = { .sin_family = AF_INET, .sin_port = htons((uint16_t)port) };
+	struct sockaddr_vm vsock = { .svm_family = AF_VSOCK, .svm_port = (unsigned int)port,
+				     .svm_cid = VMADDR_CID_ANY };
+	struct sockaddr_un local = { .sun_family = AF_UNIX };
+	struct pollfd wait[3];
+	int fds[3], count = 0;
+
+	listen_at(fds, &count, AF_INET, &tcp, sizeof(tcp));
+	listen_at(fds, &count, AF_VSOCK, &vsock, sizeof(vsock));
+	if (path) {
+		snprintf(local.sun_path, sizeof(local.sun_path), "%s", path);
+		listen_at(fds, &count, AF_UNIX, &local, sizeof(local));
+	}
+	for (int i = 0; i < count; i++)
+		wait[i] = (struct pollfd){ .fd = fds[i], .events = POLLIN };
 	signal(SIGCHLD, SIG_IGN);
 	puts("ready");
 	fflush(stdout);
 	for (;;) {
-		int client = accept(fd, NULL, NULL);
+		poll(wait, (nfds_t)count, -1);
+		for (int i = 0; i < count; i++) {
+			int client = wait[i].revents & POLLIN ? accept(fds[i], NULL, NULL) : -1;
 
-		if (client < 0)
-			continue;
-		if (fork() == 0) {
-			answer(client);
-			_exit(0);
+			if (client < 0)
+				continue;
+			if (fork() == 0) {
+				answer(client);
+				_exit(0);
+			}
+			close(client);
 		}
-		close(client);
 	}
 }
 
 static int dial(const char *host, int port)
 {
-	struct sockaddr_in to = { .sin_family = AF_INET, .sin_port = htons((uint16_t)port) };
+	struct sockaddr_in tcp = { .sin_family = AF_INET, .sin_port = htons((uint16_t)port) };
+	struct sockaddr_vm vsock = { .svm_family = AF_VSOCK, .svm_port = (unsigned int)port,
+				     .svm_cid = VMADDR_CID_HOST };
+	const int over_vsock = !strcmp(host, "vsock");
+	const void *to = over_vsock ? (const void *)&vsock : (const void *)&tcp;
+	const socklen_t size = over_vsock ? sizeof(vsock) : sizeof(tcp);
 	int fd = -1;
 
-	if (inet_pton(AF_INET, host, &to.sin_addr) != 1)
+	if (!over_vsock && inet_pton(AF_INET, host, &tcp.sin_addr) != 1)
 		fail(host);
 	for (int turn = 0; turn < 100; turn++) {
-		fd = socket(AF_INET, SOCK_STREAM, 0);
-		if (connect(fd, (struct sockaddr *)&to, sizeof(to)) == 0) {
+		fd = socket(over_vsock ? AF_VSOCK : AF_INET, SOCK_STREAM, 0);
+		if (connect(fd, to, size) == 0) {
 			no_delay(fd);
 			return fd;
 		}
@@ -314,8 +350,8 @@ static int datagrams(char **argv, int sending)
 int main(int argc, char **argv)
 {
 	signal(SIGPIPE, SIG_IGN);
-	if (argc == 3 && !strcmp(argv[1], "serve"))
-		return serve(atoi(argv[2]));
+	if ((argc == 3 || argc == 4) && !strcmp(argv[1], "serve"))
+		return serve(atoi(argv[2]), argc == 4 ? argv[3] : NULL);
 	if (argc == 6 && !strcmp(argv[1], "send"))
 		return load(argv, 1);
 	if (argc == 6 && !strcmp(argv[1], "recv"))
@@ -326,7 +362,7 @@ int main(int argc, char **argv)
 		return datagrams(argv, 1);
 	if (argc == 5 && !strcmp(argv[1], "urecv"))
 		return datagrams(argv, 0);
-	fprintf(stderr, "usage: netload serve PORT | send|recv HOST PORT SECONDS STREAMS"
+	fprintf(stderr, "usage: netload serve PORT [PATH] | send|recv HOST PORT SECONDS STREAMS"
 			" | ping HOST PORT COUNT"
 			" | usend|urecv HOST PORT SECONDS\n");
 	return 2;
