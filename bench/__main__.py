@@ -1,6 +1,6 @@
 """Runs a benchmark where Linux boots: here, or in the emulated host that vmm brings along.
 
-``python -m bench [boot|net|blk|device|latency] [argument]…``; default boot. ``device`` and
+``python -m bench [boot|net|blk|device|latency|soak] [argument]…``; default boot. ``device`` and
 ``latency`` run here, as they need no Linux guest.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.linux import can_boot_linux
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("boot", "net", "blk", "device", "latency")
+NAMES = ("boot", "net", "blk", "device", "latency", "soak")
 HERE = ("device", "latency")
 
 

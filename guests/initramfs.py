@@ -23,7 +23,7 @@ APPLETS = (  # by their names in busybox
     "insmod kill ln ls lsmod md5sum mkdir mknod mount mv nproc od poweroff printf ps reboot rm sed "
     "seq setsid sh sha256sum sleep sort stat stty switch_root sync tail test time touch tr true "
     "false umount uname wc cttyhack devmem watchdog ip nc ping udhcpc blkdiscard "
-    "fstrim mke2fs"
+    "fstrim mke2fs basename readlink"
 )
 
 #: What makes virtio devices appear on the cloud kernel.
