@@ -27,6 +27,8 @@ class Device:
     OPTIONS: tuple[Field, ...] = ()
     #: What Linux shall be told on its command line when a user adds this device.
     COMMAND_LINE: str = ""
+    #: Guest RAM must be memory that another process can map.
+    SHARES_MEMORY: bool = False
 
     @classmethod
     def from_options(cls, options: Options, board: Board) -> Self:

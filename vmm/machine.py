@@ -16,6 +16,7 @@ from vmm._native import ffi, lib
 from vmm.arch.base import native_arch
 from vmm.board import Board
 from vmm.bus import Bus
+from vmm.catalog import DeviceSpec
 from vmm.config import MachineConfig
 from vmm.ending import End
 from vmm.errors import GuestLost, HostError, VmmError
@@ -84,10 +85,12 @@ class Machine:
 
     def _build_memory(self) -> GuestMemory:
         config = self.config
-        memory = GuestMemory(
-            self._arch.ram_ranges(config.memory),
-            backing=config.memory_backing if config.memory_backing != "auto" else "anon",
-        )
+        backing = config.memory_backing
+        if backing == "auto":
+            kinds = (d.cls if isinstance(d, DeviceSpec) else d for d in config.devices)
+            shared = any(kind.SHARES_MEMORY for kind in kinds)
+            backing = "memfd" if shared else "anon"
+        memory = GuestMemory(self._arch.ram_ranges(config.memory), backing=backing)
         memory.advise(int(lib.MADV_HUGEPAGE))
         memory.advise(int(lib.MADV_DONTDUMP))
         if config.prefault:

@@ -175,11 +175,14 @@ class Session:
                     device.resize(*self.terminal.size())
 
     def _watch_disks(self) -> None:
-        """With werror=pause and its like, say why the guest stands still and how it goes on."""
+        """With werror=pause and its like, say why the guest stands still and how it goes on; say
+        what becomes of back ends."""
         for device in self.machine.devices:
             disk: Any = device
             if hasattr(disk, "on_io_error"):
                 disk.on_io_error = self._teller(disk.on_io_error)
+            if hasattr(disk, "on_news"):
+                disk.on_news = complain
 
     def _teller(self, pause: Callable[[Any, int], None]) -> Callable[[Any, int], None]:
         def tell(disk: Any, error: int) -> None:
