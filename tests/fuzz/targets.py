@@ -20,6 +20,7 @@ from vmm.devices.virtio.balloon import Balloon
 from vmm.devices.virtio.blk import Blk
 from vmm.devices.virtio.console import Console
 from vmm.devices.virtio.device import Placement, VirtioDevice
+from vmm.devices.virtio.fs import Fs
 from vmm.devices.virtio.net import Net
 from vmm.devices.virtio.net_backend import Backend
 from vmm.devices.virtio.pmem import ALIGN, Pmem
@@ -129,6 +130,31 @@ def pmem_request(r: Random) -> Request:
     return struct.pack("<I", r.choice((0, 0, 0, 1, r.getrandbits(32)))), 4
 
 
+def fuse(r: Random) -> Request:
+    """Mostly a session that begins, or names in the root; numbers are right as often as not."""
+    name = r.choice((b"file", b"dir", b"new", b"..", b"a/b", b"", bytes(256), b"x" * 300)) + b"\0"
+    words = [r.choice((0, 1, 2, 3, 1 << 32 | 2, 4096, r.getrandbits(64))) for _ in range(10)]
+    op, body = r.choice(
+        (
+            (26, struct.pack("<IIII48x", 7, 38, 1 << 17, r.getrandbits(32))),
+            (1, name),
+            (3, struct.pack("<QQ", 0, 0)),
+            (9, struct.pack("<II", 0o755, 0) + name),
+            (14, struct.pack("<II", r.choice((0, 2, 0xFFFF)), 0)),
+            (27, bytes(8)),
+            (35, struct.pack("<IIII", 2, 0o644, 0, 0) + name),
+            (12, struct.pack("<Q", 1) + name + name),
+            (r.randrange(54), struct.pack("<10Q", *words)[: r.randrange(81)] + name),
+            (r.getrandbits(32), r.randbytes(r.randrange(100))),
+        )
+    )
+    size = 40 + len(body)
+    lied = r.choice((size, size, size, size, 0, 40, size + 1, 0xFFFFFFFF))
+    node = r.choice((1, 1, 1, 2, 1 << 32 | 2, r.getrandbits(64)))
+    header = struct.pack("<IIQQIIIHH", lied, op, r.getrandbits(64), node, 0, 0, 1, 0, 0)
+    return header + body, r.choice((16, 100, 160, 300, 4096))
+
+
 class Target:
     """One device: how to make it, and for each of its queues what is asked there.
 
@@ -209,6 +235,13 @@ def _pmem(scratch: Path) -> VirtioDevice:
     return Pmem(str(image))
 
 
+def _share(scratch: Path) -> VirtioDevice:
+    share = scratch / "share"
+    (share / "dir").mkdir(parents=True, exist_ok=True)
+    (share / "file").write_bytes(bytes(5000))
+    return Fs(str(share))
+
+
 def _ports(scratch: Path) -> VirtioDevice:
     device = Ports()
     device.add(Port("one"))
@@ -225,6 +258,7 @@ TARGETS = {
     "blk": Target(_disk, (blk,), answers=(0,), status=True),
     "blk-uring": Target(_disk_uring, (blk,), answers=(0,), status=True),
     "console": Target(lambda _: _Console(), (room, text), answers=(1,)),
+    "fs": Target(_share, (fuse, fuse), answers=(0, 1)),
     "net": Target(lambda _: Net(Backend()), (room, net_tx, net_ctrl), answers=(1, 2)),
     "pmem": Target(_pmem, (pmem_request,), answers=(0,)),
     "rng": Target(lambda _: Rng(), (room,), answers=(0,)),
