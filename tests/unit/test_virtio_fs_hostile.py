@@ -28,8 +28,12 @@ from tests.fuse_client import (
     fails,
     z,
 )
+from vmm.board import Board
+from vmm.config import MachineConfig
 from vmm.devices.virtio.fs import Fs
 from vmm.errors import ConfigError, HostError
+from vmm.irq import IrqChip
+from vmm.memory import GuestMemory
 
 client, fs, share = fs_fixtures.client, fs_fixtures.fs, fs_fixtures.share
 
@@ -263,3 +267,18 @@ def test_shares_that_cannot_be(share: Path) -> None:
     for tag in ("t" * 37, "ä" * 19, "a\0b"):
         with pytest.raises(ConfigError, match="1 to 36 bytes"):
             Fs(str(share), tag=tag)
+
+
+def test_two_shares_with_one_tag(share: Path) -> None:
+    memory = GuestMemory([(0, 1 << 20)])
+    board = Board(MachineConfig(memory="1M"), memory, IrqChip())
+    one, other = Fs(str(share), name="fs0"), Fs(str(share / "dir"), tag="fs0", name="fs1")
+    one.plug(board)
+    with pytest.raises(ConfigError, match="both have the tag fs0"):
+        other.plug(board)
+    Fs(str(share / "dir"), name="fs1").plug(board)
+    assert len(board.virtio) == 2
+    for device in board.virtio:
+        device.close()
+    board.close()
+    memory.close()

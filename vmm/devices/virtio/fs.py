@@ -110,9 +110,6 @@ class Fs(VirtioDevice):
 
     @classmethod
     def from_options(cls, options: Options, board: Board) -> Fs:
-        others = [device.tag for device in board.virtio if isinstance(device, Fs)]
-        if options.tag is not None and options.tag in others:
-            raise ConfigError(f"--fs: two shares have the tag {options.tag}.")
         return cls(
             options.path, tag=options.tag, ro=options.ro, cache=options.cache, uid=options.uid,
             locks=options.locks, writeback=options.writeback, queues=options.queues,
@@ -145,6 +142,15 @@ class Fs(VirtioDevice):
         self._native = ffi.NULL
         self._fds = self._open()
         super().__init__(name)
+
+    def plug(self, board: Board) -> None:
+        for device in board.virtio:
+            if isinstance(device, Fs) and device.tag == self.tag:
+                self.close()
+                raise ConfigError(
+                    f"--fs: {device.path} and {self.path} both have the tag {self.tag}."
+                )
+        super().plug(board)
 
     @property
     def tag(self) -> str:
