@@ -169,6 +169,7 @@ struct vmm_net *vmm_net_create(struct vmm_loop *loop, const struct vmm_net_confi
 	net->config = *config;
 	memcpy(net->mac, config->space, sizeof(net->mac));
 	net->up = true;
+	net->in_use = 1;
 	pthread_mutex_init(&net->lock, NULL);
 	pthread_mutex_init(&net->dump_lock, NULL);
 	vmm_service_init(&net->ctrl, loop, net_ctrl_serve);
@@ -228,9 +229,27 @@ void vmm_net_destroy(struct vmm_net *net)
 	free(net);
 }
 
-static void one_pair(void *arg)
+static void begin(void *arg)
 {
-	net_set_pairs(arg, 1);
+	struct vmm_net *net = arg;
+
+	net_set_pairs(net, 1);
+	net_filter_reset(net, net->features);
+}
+
+int vmm_net_begin(struct vmm_net *net, struct vmm_virtio *virtio, uint64_t features)
+{
+	pthread_mutex_lock(&net->lock);
+	net->virtio = virtio;
+	net->features = features;
+	if (net->stale)
+		publish(net, 1);
+	pthread_mutex_unlock(&net->lock);
+	if (net->begun)
+		return 0;
+	net->begun = true;
+	vmm_loop_call(net->loop, begin, net);
+	return net_set_offloads(net, features);
 }
 
 int vmm_net_start(struct vmm_net *net, const struct vmm_service_config *config)
@@ -244,22 +263,12 @@ int vmm_net_start(struct vmm_net *net, const struct vmm_service_config *config)
 
 	if (index > 2 * pairs || config->vq.size > net->config.queue_size)
 		return -EINVAL;
-	pthread_mutex_lock(&net->lock);
-	net->virtio = config->virtio;
-	net->features = features;
-	if (net->stale)
-		publish(net, 1);
-	pthread_mutex_unlock(&net->lock);
+	rc = vmm_net_begin(net, config->virtio, features);
+	if (rc)
+		return rc;
 	if (index == 2 * pairs)
 		return features >> VIRTIO_NET_F_CTRL_VQ & 1 ?
 			       vmm_service_start(&net->ctrl, config) : -EINVAL;
-	if (!net->begun) {
-		net->begun = true;
-		vmm_loop_call(net->loop, one_pair, net);
-		rc = net_set_offloads(net, features);
-		if (rc)
-			return rc;
-	}
 	pair = &net->pairs[index / 2];
 	return index % 2 ? net_tx_start(pair, config) : net_rx_start(pair, config);
 }
@@ -328,6 +337,11 @@ void vmm_net_announce(struct vmm_net *net)
 {
 	if (net->virtio && net->features >> VIRTIO_NET_F_GUEST_ANNOUNCE & 1)
 		net_set_status(net, VIRTIO_NET_S_ANNOUNCE, 0);
+}
+
+uint32_t vmm_net_pairs(const struct vmm_net *net)
+{
+	return net->in_use;
 }
 
 int vmm_net_dead(const struct vmm_net *net)

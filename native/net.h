@@ -22,6 +22,7 @@ struct vmm_net;
 struct vmm_net_config {
 	uint32_t kind, pairs, queue_size;
 	int fds[16];		/* one a pair; borrowed; a tap's must not block */
+	int pairs_fd;		/* eventfd, signalled when vmm_net_pairs() changes; borrowed; or -1 */
 	int listener;		/* STREAM without fds: where the other end connects; borrowed; or -1 */
 	uint8_t space[12];	/* mac, status, max_virtqueue_pairs, mtu */
 	struct vmm_stream *dump; /* gets a pcap record of each frame, or NULL; borrowed */
@@ -32,6 +33,7 @@ struct vmm_net_config {
 struct vmm_net_stats {
 	uint64_t rx_frames, rx_bytes, tx_frames, tx_bytes;
 	uint64_t rx_dropped; /* too long for the guest's buffers, or too short for a frame */
+	uint64_t rx_filtered; /* not for the guest, by the filters that its driver has set */
 	uint64_t tx_dropped; /* no link, or not a frame that the driver may send */
 	uint64_t tx_errors;  /* refused by the tap or the socket; EIO while a tap is down */
 	uint64_t dump_dropped; /* frames missing in the dump, whose file was too slow */
@@ -41,6 +43,9 @@ struct vmm_net_stats {
 /* Works on the loop's thread. NULL with errno. */
 struct vmm_net *vmm_net_create(struct vmm_loop *loop, const struct vmm_net_config *config);
 void vmm_net_destroy(struct vmm_net *net);
+/* The driver is there, with these features, before its first queue; for a card whose frames pass
+ * elsewhere (vhost), as vmm_net_start() does it too. 0 or -errno. */
+int vmm_net_begin(struct vmm_net *net, struct vmm_virtio *virtio, uint64_t features);
 /* Any of the queues: 2i receives, 2i+1 transmits, the one after the last pair controls. */
 int vmm_net_start(struct vmm_net *net, const struct vmm_service_config *config);
 /* Afterwards nothing touches guest memory. A frame that was sent in part is kept, to be sent to
@@ -58,6 +63,8 @@ void vmm_net_announce(struct vmm_net *net);
 int vmm_net_dead(const struct vmm_net *net);
 /* The configuration space as it is now. */
 void vmm_net_space(struct vmm_net *net, uint8_t *out);
+/* How many pairs the driver uses: virtio-v1.3 §5.1.6.5.5. */
+uint32_t vmm_net_pairs(const struct vmm_net *net);
 /* Replaces the limits, now. */
 void vmm_net_limit(struct vmm_net *net, const struct vmm_net_config *config);
 

@@ -8,41 +8,21 @@
 #include <linux/if_tun.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <unistd.h>
 
 #define ETHER 6
-/* Addresses in the two tables of MAC_TABLE_SET: nobody has more groups than this. */
-#define MAX_DATA 65536
 #define GUEST_OFFLOADS                                                                             \
 	(1ULL << VIRTIO_NET_F_GUEST_CSUM | 1ULL << VIRTIO_NET_F_GUEST_TSO4 |                       \
 	 1ULL << VIRTIO_NET_F_GUEST_TSO6 | 1ULL << VIRTIO_NET_F_GUEST_ECN |                        \
 	 1ULL << VIRTIO_NET_F_GUEST_UFO | 1ULL << 54 | 1ULL << 55)
 
-struct command {
-	uint8_t class, cmd;
-	const struct vmm_chain *chain;
-	uint64_t len; /* of its data */
-};
-
-/* `n` bytes of the data from `at` on; false if there are fewer. */
-static bool get(const struct command *c, uint64_t at, void *dst, size_t n)
+static bool set_mac(struct vmm_net *net, const struct net_command *c, uint64_t features)
 {
-	return vmm_iov_read(c->chain->iov, c->chain->nr_read, 2 + at, dst, n) == n;
-}
-
-static bool set_mode(const struct command *c)
-{
-	/* Everything is received, as it would be in promiscuous mode, which is always allowed. */
-	return c->cmd <= VIRTIO_NET_CTRL_RX_NOBCAST && c->len == 1;
-}
-
-static bool set_mac(struct vmm_net *net, const struct command *c, uint64_t features)
-{
-	uint64_t at = 0;
-	uint8_t mac[ETHER], count[4];
+	uint8_t mac[ETHER];
 
 	if (c->cmd == VIRTIO_NET_CTRL_MAC_ADDR_SET) {
 		if (!(features >> VIRTIO_NET_F_CTRL_MAC_ADDR & 1) || c->len != ETHER ||
-		    !get(c, 0, mac, ETHER))
+		    !net_get(c, 0, mac, ETHER))
 			return false;
 		pthread_mutex_lock(&net->lock);
 		memcpy(net->config.space, mac, ETHER);
@@ -51,61 +31,44 @@ static bool set_mac(struct vmm_net *net, const struct command *c, uint64_t featu
 		pthread_mutex_unlock(&net->lock);
 		return true;
 	}
-	if (c->cmd != VIRTIO_NET_CTRL_MAC_TABLE_SET || c->len > MAX_DATA)
-		return false;
-	/* Unicast, then multicast; what they say is what set_mode() makes needless. */
-	for (int i = 0; i < 2; i++) {
-		if (!get(c, at, count, sizeof(count)))
-			return false;
-		at += sizeof(count) + vmm_get_le(count, 4) * ETHER;
-		if (at > c->len)
-			return false;
-	}
-	return at == c->len;
+	return c->cmd == VIRTIO_NET_CTRL_MAC_TABLE_SET && features >> VIRTIO_NET_F_CTRL_RX & 1 &&
+	       net_filter_macs(net, c);
 }
 
-static bool set_vlan(const struct command *c)
-{
-	uint8_t id[2];
-
-	return c->cmd <= VIRTIO_NET_CTRL_VLAN_DEL && c->len == sizeof(id) &&
-	       get(c, 0, id, sizeof(id)) && vmm_get_le(id, 2) < 4096;
-}
-
-static bool set_queues(struct vmm_net *net, const struct command *c)
+static bool set_queues(struct vmm_net *net, const struct net_command *c)
 {
 	uint8_t pairs[2];
 
 	if (c->cmd != VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET || c->len != sizeof(pairs) ||
-	    !get(c, 0, pairs, sizeof(pairs)) || !vmm_get_le(pairs, 2) ||
+	    !net_get(c, 0, pairs, sizeof(pairs)) || !vmm_get_le(pairs, 2) ||
 	    vmm_get_le(pairs, 2) > net->config.pairs)
 		return false;
 	net_set_pairs(net, (uint32_t)vmm_get_le(pairs, 2));
 	return true;
 }
 
-static bool set_offloads(struct vmm_net *net, const struct command *c, uint64_t features)
+static bool set_offloads(struct vmm_net *net, const struct net_command *c, uint64_t features)
 {
 	uint8_t wanted[8];
 
 	if (c->cmd != VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET || c->len != sizeof(wanted) ||
-	    !get(c, 0, wanted, sizeof(wanted)) ||
+	    !net_get(c, 0, wanted, sizeof(wanted)) ||
 	    vmm_get_le(wanted, 8) & ~(features & GUEST_OFFLOADS))
 		return false;
 	return !net_set_offloads(net, vmm_get_le(wanted, 8));
 }
 
-static bool obey(struct vmm_net *net, const struct command *c)
+static bool obey(struct vmm_net *net, const struct net_command *c)
 {
 	const uint64_t f = net->features;
 
 	switch (c->class) {
 	case VIRTIO_NET_CTRL_RX:
-		return f >> VIRTIO_NET_F_CTRL_RX & 1 && set_mode(c);
+		return f >> VIRTIO_NET_F_CTRL_RX & 1 && net_filter_mode(net, c);
 	case VIRTIO_NET_CTRL_MAC:
 		return set_mac(net, c, f);
 	case VIRTIO_NET_CTRL_VLAN:
-		return f >> VIRTIO_NET_F_CTRL_VLAN & 1 && set_vlan(c);
+		return f >> VIRTIO_NET_F_CTRL_VLAN & 1 && net_filter_vlan(net, c);
 	case VIRTIO_NET_CTRL_ANNOUNCE:
 		if (c->cmd != VIRTIO_NET_CTRL_ANNOUNCE_ACK || c->len ||
 		    !(f >> VIRTIO_NET_F_GUEST_ANNOUNCE & 1))
@@ -125,7 +88,7 @@ int net_ctrl_serve(struct vmm_service *s)
 {
 	struct vmm_net *net = (struct vmm_net *)((uint8_t *)s - offsetof(struct vmm_net, ctrl));
 	struct vmm_chain chain = { .iov = net->ctrl_iov };
-	struct command command = { .chain = &chain };
+	struct net_command command = { .chain = &chain };
 	uint8_t head[2], ack = VIRTIO_NET_ERR;
 	const int rc = vmm_vq_pop(s->vq, &chain);
 
@@ -163,6 +126,7 @@ static void attach(struct net_pair *pair, bool on)
 void net_set_pairs(struct vmm_net *net, uint32_t pairs)
 {
 	const bool tap = net->config.kind == VMM_NET_TAP && net->config.pairs > 1;
+	const uint64_t one = 1;
 
 	for (uint32_t i = 0; i < net->config.pairs; i++) {
 		struct net_pair *pair = &net->pairs[i];
@@ -176,4 +140,8 @@ void net_set_pairs(struct vmm_net *net, uint32_t pairs)
 		if (pair->rx.service.vq)
 			vmm_service_again(&pair->rx.service);
 	}
+	net->in_use = pairs;
+	while (net->config.pairs_fd >= 0 &&
+	       write(net->config.pairs_fd, &one, sizeof(one)) < 0 && errno == EINTR)
+		;
 }

@@ -17,6 +17,36 @@
 #define NET_PREFIX 4
 #define NET_BATCH 64
 
+/* A command of the control queue. */
+struct net_command {
+	uint8_t class, cmd;
+	const struct vmm_chain *chain;
+	uint64_t len; /* of its data */
+};
+
+/* `n` bytes of the data from `at` on; false if there are fewer. */
+static inline bool net_get(const struct net_command *c, uint64_t at, void *dst, size_t n)
+{
+	return vmm_iov_read(c->chain->iov, c->chain->nr_read, 2 + at, dst, n) == n;
+}
+
+/* Addresses that are kept; of a longer list all are let through. */
+#define NET_MACS 64
+
+struct net_macs {
+	uint32_t nr;
+	bool more;
+	uint8_t mac[NET_MACS][6];
+};
+
+/* What the driver wants to receive: virtio-v1.3 §5.1.6.5.1 to 5.1.6.5.3. */
+struct net_filter {
+	bool mode[6]; /* by VIRTIO_NET_CTRL_RX_* */
+	struct net_macs unicast, multicast;
+	bool by_vlan;
+	uint8_t vlans[4096 / 8];
+};
+
 /* What a pair receives into: chains of the guest that wait for frames. */
 struct net_rx {
 	struct vmm_service service;
@@ -81,6 +111,8 @@ struct vmm_net {
 	pthread_mutex_t lock; /* config.space, virtio, and the order of what is published */
 	struct vmm_virtio *virtio; /* NULL while stopped */
 	bool begun;		   /* since the last reset a queue was started */
+	struct net_filter filter;
+	_Atomic uint32_t in_use;   /* pairs, by the driver's choice */
 	bool stale;		   /* the space changed while stopped */
 	uint8_t mac[6];		   /* the one it began with */
 	_Atomic bool up;	   /* the cable is in */
@@ -143,10 +175,29 @@ void net_tx_stop(struct net_pair *pair);
 int net_ctrl_serve(struct vmm_service *s);
 void net_set_pairs(struct vmm_net *net, uint32_t pairs);
 
+/* ---- net_filter.c ---- */
+
+/* Commands; false: it makes no sense. */
+bool net_filter_mode(struct vmm_net *net, const struct net_command *c);
+bool net_filter_macs(struct vmm_net *net, const struct net_command *c);
+bool net_filter_vlan(struct vmm_net *net, const struct net_command *c);
+/* Everything is wanted, as it is before the first command; VLANs if the driver names those. */
+void net_filter_reset(struct vmm_net *net, uint64_t features);
+/* Whether the driver wants a frame that begins with these bytes, NET_FILTER of them if it is that
+ * long. */
+#define NET_FILTER 16
+bool net_filter_wants(const struct vmm_net *net, const uint8_t *frame, uint32_t len);
+/* Whether there can be a frame that it does not want. */
+static inline bool net_filter_on(const struct vmm_net *net)
+{
+	return !net->filter.mode[VIRTIO_NET_CTRL_RX_PROMISC];
+}
+
 /* ---- net_link.c ---- */
 
 /* Fetches one frame into the buffers, behind its header of NET_HDR bytes; iov[nr] is the spill.
- * Returns the length with the header, -EAGAIN, or another -errno when the backend died. */
+ * Returns the length with the header, -ENOMSG for one that the driver does not want (the buffers
+ * are as they were), -EAGAIN, or another -errno when the backend died. */
 int net_fetch(struct net_pair *pair, struct iovec *iov, uint32_t nr);
 /* Sends what there is; done frames are counted in tx.done. 0, -EAGAIN, or another -errno. */
 int net_send(struct net_pair *pair);

@@ -66,10 +66,18 @@ static int fetch_packet(struct net_pair *pair, const struct iovec *iov, uint32_t
 {
 	struct iovec *rest = pair->rx.scratch;
 	struct msghdr msg = { 0 };
+	uint8_t head[NET_FILTER];
 	int type = 0;
 	socklen_t len = sizeof(type);
 	ssize_t n;
 
+	if (net_filter_on(pair->net)) {
+		n = recv(pair->link.fd, head, sizeof(head), MSG_DONTWAIT | MSG_PEEK);
+		if (n > 0 && !net_filter_wants(pair->net, head, (uint32_t)n)) {
+			n = recv(pair->link.fd, head, sizeof(head), MSG_DONTWAIT);
+			return -ENOMSG;
+		}
+	}
 	memcpy(rest, iov, nr * sizeof(*rest));
 	vmm_iov_skip(&rest, &nr, NET_HDR);
 	msg.msg_iov = rest;
@@ -129,12 +137,16 @@ static int fetch_stream(struct net_pair *pair, const struct iovec *iov, uint32_t
 		if (known && need - NET_PREFIX > NET_MAX_FRAME)
 			return -EPROTO; /* nobody knows where the next one begins */
 		if (known && pair->stream_len >= need) {
-			clear_header(iov, nr);
-			vmm_iov_write(iov, nr, NET_HDR, pair->stream + pair->stream_at + NET_PREFIX,
-				      need - NET_PREFIX);
+			const uint8_t *frame = pair->stream + pair->stream_at + NET_PREFIX;
+			const uint32_t len = need - NET_PREFIX;
+
 			pair->stream_at += need;
 			pair->stream_len -= need;
-			return (int)(need - NET_PREFIX + NET_HDR);
+			if (!net_filter_wants(pair->net, frame, len))
+				return -ENOMSG;
+			clear_header(iov, nr);
+			vmm_iov_write(iov, nr, NET_HDR, frame, len);
+			return (int)(len + NET_HDR);
 		}
 		rc = stream_fill(pair);
 		if (rc)

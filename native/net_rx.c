@@ -157,6 +157,10 @@ static int serve(struct vmm_service *s)
 		return VMM_SERVICE_WAIT;
 	}
 	rc = net_fetch(pair, rx->iov + rx->iov_first, rx->nr_iov);
+	if (rc == -ENOMSG) {
+		net->stats.rx_filtered++;
+		return VMM_VQ_CHAIN; /* on to the next one */
+	}
 	if (rc == -EAGAIN && !pair->hung)
 		return VMM_SERVICE_WAIT;
 	if (rc < 0) {

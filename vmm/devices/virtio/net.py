@@ -154,6 +154,7 @@ class Net(VirtioDevice):
         fds = self.backend.fds or [-1]
         config.fds[0 : len(fds)] = fds
         config.listener = self.backend.listener
+        config.pairs_fd = -1
         config.space = bytes(self.config)
         config.dump = ffi.NULL if self._dump is None else self._dump.stream.native
         for name, (rate, burst) in self.limits.items():
