@@ -209,7 +209,7 @@ class BackEnd:
         poll.register(self._wake, select.POLLIN)
         front = self._front
         poll.register(self._listener if front is None else front, select.POLLIN)
-        kicks = {ring.kick: index for index, ring in self.rings.items() if ring.queue is not None}
+        kicks = {ring.kick: index for index, ring in self.rings.items() if ring.enabled}
         for fd in kicks:
             poll.register(fd, select.POLLIN)
         ready = {fd for fd, _ in poll.poll()}
@@ -343,7 +343,8 @@ class BackEnd:
             ring.kick = fds[0]
         elif request == wire.SET_VRING_ENABLE:
             ring.enabled = bool(number)
-            self._begin(index)
+            if ring.queue is None:
+                self._begin(index)
         elif request == wire.GET_VRING_BASE:
             base = ring.queue.state[0] if ring.queue is not None else ring.base
             ring.close()

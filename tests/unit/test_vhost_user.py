@@ -109,7 +109,9 @@ def test_old_back_ends_know_no_protocol_features(make: Make) -> None:
     def started(request: int, body: bytes, fds: list[int]) -> bytes | None:
         answer = do_ring(request, body, fds)
         if request == wire.SET_VRING_KICK:
-            begin(wire.STATE.unpack(body)[0])
+            index, _ = wire.STATE.unpack(body)
+            begin(index)
+            back.rings[index].enabled = True
         return answer
 
     back._do_ring = started  # type: ignore[method-assign]
@@ -257,7 +259,7 @@ def test_a_new_back_end_finishes_what_the_old_one_left(
     assert device_of(rig).connections == back.connections == 2
     assert queue.request([b"12"], [2]) == (2, b"21")
     assert not rig.broken
-    assert [line.rpartition(" ")[2] for line in news] == ["connection", "back"]
+    wait_for(lambda: [line.rpartition(" ")[2] for line in news] == ["connection", "back"])
 
 
 def out_of_order(rig: Rig, back: BackEnd) -> None:
@@ -397,6 +399,38 @@ def test_net_link_is_down_while_nobody_moves_frames(stack: ExitStack, path: str)
     back.lies = {}
     rig.until(lambda: rig.regs.config(6, 2) == 1, "its return")
     assert rig.driver.queues[1].request([b"12"], [2]) == (2, b"21")
+
+
+def test_net_pairs_are_the_drivers_to_use(stack: ExitStack, path: str) -> None:
+    back = BackEnd(path, queues=3)
+    stack.callback(back.close)
+    with pytest.raises(ConfigError, match="queues=4: it has 3 at most"):
+        VhostUserNet(path, queues=4)
+    rig = Rig(VhostUserNet(path, queues=3, size=16), "pci", backing="memfd")
+    stack.callback(rig.close)
+    features = rig.driver.start()
+    assert features >> 17 & features >> 22 & 1
+    assert rig.regs.config(8, 2) == 3
+    assert len(rig.driver.queues) == 7
+
+    def enabled() -> list[int]:
+        return [index for index, ring in sorted(back.rings.items()) if ring.enabled]
+
+    assert sorted(back.rings) == [0, 1, 2, 3, 4, 5]
+    wait_for(lambda: enabled() == [0, 1])
+    control = rig.driver.queues[6]
+    for pairs, answer, rings in ((3, 0, 6), (0, 1, 6), (4, 1, 6), (2, 0, 4)):
+        assert control.request([b"\4\0", bytes([pairs, 0])], [1]) == (1, bytes([answer]))
+        wait_for(lambda rings=rings: enabled() == list(range(rings)))  # type: ignore[misc]
+    assert enabled() == [0, 1, 2, 3]
+    assert rig.driver.queues[3].request([b"12"], [2]) == (2, b"21")
+    # Without MQ the third queue controls.
+    rig.driver.negotiate(((1 << 64) - 1) & ~(1 << 22))
+    queues = [rig.driver.setup_queue(index) for index in range(3)]
+    rig.regs.status = 15
+    assert sorted(back.rings) == enabled() == [0, 1]
+    assert queues[2].request([b"\4\0", b"\1\0"], [1]) == (1, b"\1")
+    assert queues[1].request([b"12"], [2]) == (2, b"21")
 
 
 def test_front_end_closes_what_it_opened(stack: ExitStack, path: str) -> None:

@@ -84,6 +84,10 @@ class VhostDevice(VirtioDevice):
     def end_queue(self, index: int) -> None:
         raise NotImplementedError
 
+    def walked(self, index: int) -> bool:
+        """Whether a queue is one of those; what is not is served by ``start_queue``, in C."""
+        return True
+
     # ---- the contract of a virtio device -------------------------------------------------------
 
     def attach(self, memory: GuestMemory, loop: Any) -> None:
@@ -108,9 +112,14 @@ class VhostDevice(VirtioDevice):
         self.activations += 1
         self._active = True
         self._irqs = irqs
-        self.queues = {index: queue for index, queue in enumerate(queues) if queue is not None}
-        for index in self.queues:
-            self._relay_on(index)
+        for index, queue in enumerate(queues):
+            if queue is None:
+                continue
+            if self.walked(index):
+                self.queues[index] = queue
+                self._relay_on(index)
+            else:
+                super().restart_queue(index, queue)
         self.begin()
 
     def _relay_on(self, index: int) -> None:
@@ -119,6 +128,9 @@ class VhostDevice(VirtioDevice):
             self._irqs.fail()
 
     def restart_queue(self, index: int, queue: QueueConfig) -> None:
+        if not self.walked(index):
+            super().restart_queue(index, queue)
+            return
         self.queues[index] = queue
         self._relay_on(index)
         self.begin_queue(index)

@@ -50,14 +50,17 @@ CHANNEL_RATE = 50
 
 class Ring:
     """A queue as the back end is to walk it: ``base`` is the next index in the available ring (of
-    a packed queue, both positions)."""
+    a packed queue, both positions), ``on`` whether it is enabled from the start."""
 
-    __slots__ = ("base", "call", "kick", "queue")
+    __slots__ = ("base", "call", "kick", "on", "queue")
 
-    def __init__(self, queue: QueueConfig, base: int, kick: int, call: int) -> None:
+    def __init__(
+        self, queue: QueueConfig, base: int, kick: int, call: int, on: bool = True
+    ) -> None:
         self.queue = queue
         self.base = base
         self.kick = kick
+        self.on = on
         self.call = call
 
 
@@ -212,11 +215,18 @@ class FrontEnd:
         tell(wire.SET_VRING_CALL, wire.U64.pack(index), [ring.call])
         tell(wire.SET_VRING_KICK, wire.U64.pack(index), [ring.kick])
         if self.features >> F_PROTOCOL & 1:
-            tell(wire.SET_VRING_ENABLE, wire.STATE.pack(index, 1))
+            tell(wire.SET_VRING_ENABLE, wire.STATE.pack(index, int(ring.on)))
         try:
             os.eventfd_write(ring.kick, 1)  # what came before it looked; some start by it
         except BlockingIOError:
             return  # it made the count as large as can be: kicked enough
+
+    def enable(self, rings: dict[int, bool]) -> None:
+        """Which of the started rings are in use; of the others nothing comes."""
+        self.wire.limit(self.timeout)
+        if self.features >> F_PROTOCOL & 1:
+            for index, on in rings.items():
+                self.wire.tell(wire.SET_VRING_ENABLE, wire.STATE.pack(index, int(on)))
 
     def stop(self, rings: Sequence[int]) -> None:
         """Return when it does not touch these rings any more."""

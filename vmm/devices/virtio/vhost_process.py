@@ -106,6 +106,13 @@ class VhostUserDevice(VhostDevice):
         """The configuration space while there is no back end."""
         return bytes(self.config)
 
+    def in_use(self, index: int) -> bool:
+        """Whether the driver wants a queue to be enabled."""
+        return True
+
+    #: An eventfd that is signalled when ``in_use`` changes, or -1.
+    use_fd = -1
+
     def may_write(self, offset: int, size: int) -> bool:
         """Whether a driver's write to the configuration space is for the back end."""
         return False
@@ -199,7 +206,8 @@ class VhostUserDevice(VhostDevice):
     # ---- with the lock held --------------------------------------------------------------------
 
     def _ring(self, index: int, base: int) -> Ring:
-        return Ring(self.queues[index], base, self.kick_fd(index), self.call_fd(index))
+        on = self.in_use(index)
+        return Ring(self.queues[index], base, self.kick_fd(index), self.call_fd(index), on)
 
     def _go(self, bases: dict[int, int]) -> None:
         """Have the back end walk the queues from there."""
@@ -283,6 +291,8 @@ class VhostUserDevice(VhostDevice):
                 front = self._front
                 poll = select.poll()
                 poll.register(self._wake, select.POLLIN)
+                if self.use_fd >= 0:
+                    poll.register(self.use_fd, select.POLLIN)
                 wait: float | None = None
                 channel = -1
                 if front is not None:
@@ -299,11 +309,21 @@ class VhostUserDevice(VhostDevice):
                     os.eventfd_read(self._wake)
                 if self._ending():
                     return
+                if self.use_fd in ready:
+                    os.eventfd_read(self.use_fd)
+                    self._use()
                 # Another thread may have met its end first.
                 if front is not None and front is self._front:
                     self._look_at(front, ready.get(sock, 0), channel in ready)
                 if self._front is None and self.reconnect and not self._failed:
                     self._try()
+
+    def _use(self) -> None:
+        if self._running and self._front is not None:
+            try:
+                self._front.enable({index: self.in_use(index) for index in self.queues})
+            except VhostError as e:
+                self._lost(str(e))
 
     def _look_at(self, front: FrontEnd, events: int, said: bool) -> None:
         try:

@@ -58,12 +58,22 @@ class Vsock(VirtioDevice):
     OPTIONS = (
         Field("cid", "the guest's address, 3 or more", _parse_cid, required=True),
         Field("path", "the socket to make on the host", parse_path, path=True),
+        Field(
+            "vhost", "the host's kernel carries it (/dev/vhost-vsock): the host's ends are AF_VSOCK "
+            "sockets", None, default=False,
+        ),
     )
 
     @classmethod
     def from_options(cls, options: Options, board: Board) -> Vsock:
         if any(isinstance(device, Vsock) for device in board.virtio):
             raise ConfigError("--vsock is given twice; a guest's kernel drives one such device.")
+        if options.vhost:
+            from vmm.devices.virtio.vhost_vsock import VhostVsock
+
+            if options.path:
+                raise ConfigError("--vsock vhost: the kernel makes no socket at a path.")
+            return VhostVsock(options.cid)
         return cls(options.cid, options.path)
 
     def __init__(
