@@ -13,7 +13,7 @@ class BuildPy(build_py):
     def run(self) -> None:
         if os.uname().machine == "x86_64":
             sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-            from vmm.nested.initbin import init_path
+            from vmm.guest.initbin import init_path
 
             init_path()
         super().run()

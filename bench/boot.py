@@ -23,7 +23,7 @@ from pathlib import Path
 
 from guests.fetch import fetch
 from tests.linux import can_boot_linux as can_boot_linux
-from vmm.nested.cpio import S_IFCHR, CpioWriter
+from vmm.guest.cpio import S_IFCHR, CpioWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "bench"

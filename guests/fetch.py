@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from vmm.errors import VmmError
-from vmm.nested.kernels import fetch_debian_kernel, fetch_package
+from vmm.guest.kernels import fetch_debian_kernel, fetch_package
 
 KERNELS = ("cloud-amd64", "amd64")
 

@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 from vmm.errors import HostError
-from vmm.nested.cpio import CpioWriter
-from vmm.nested.kernels import fetch_package
+from vmm.guest.cpio import CpioWriter
+from vmm.guest.kernels import fetch_package
 
 BUILD = Path(__file__).resolve().parent.parent / "build" / "initramfs"
 PACKAGES = ("libc6", "libaio1", "libnuma1", "zlib1g")

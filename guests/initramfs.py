@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 from guests.fetch import busybox
-from vmm.nested.cpio import S_IFCHR, CpioWriter
-from vmm.nested.kernels import KernelTree, fetch_debian_kernel
-from vmm.nested.modules import ModuleTree, module_name, read_module
+from vmm.guest.cpio import S_IFCHR, CpioWriter
+from vmm.guest.kernels import KernelTree, fetch_debian_kernel
+from vmm.guest.modules import ModuleTree, module_name, read_module
 
 BUILD = Path(__file__).resolve().parent.parent / "build" / "initramfs"
 
@@ -23,7 +23,7 @@ APPLETS = (  # by their names in busybox
     "insmod kill ln ls lsmod md5sum mkdir mknod mount mv nproc od poweroff printf ps reboot rm sed "
     "seq setsid sh sha256sum sleep sort stat stty switch_root sync tail test time touch tr true "
     "false umount uname wc cttyhack devmem watchdog ip nc ping udhcpc blkdiscard "
-    "fstrim mke2fs basename readlink"
+    "fstrim mke2fs basename readlink pwd tee"
 )
 
 #: What makes virtio devices appear on the cloud kernel.

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from vmm.errors import HostError
-from vmm.nested.cache import cache_dir
+from vmm.guest.cache import cache_dir
 
 SUITE = "bookworm"
 INCLUDE = "systemd-sysv,udev,kmod,login"

@@ -92,6 +92,22 @@ static unsigned long mount_flag(const char *word)
 	die("unknown mount flag in the plan: %s", word);
 }
 
+/* The option that brings a file system, for a kernel that has it not. */
+static const char *config_of(const char *type)
+{
+	static const char *const table[][2] = {
+		{ "virtiofs", " (CONFIG_VIRTIO_FS)" }, { "overlay", " (CONFIG_OVERLAY_FS)" },
+		{ "9p", " (CONFIG_9P_FS)" },	       { "tmpfs", " (CONFIG_TMPFS)" },
+		{ "devtmpfs", " (CONFIG_DEVTMPFS)" },  { "proc", " (CONFIG_PROC_FS)" },
+		{ "sysfs", " (CONFIG_SYSFS)" },
+	};
+
+	for (size_t i = 0; i < sizeof(table) / sizeof(table[0]); i++)
+		if (strcmp(type, table[i][0]) == 0)
+			return table[i][1];
+	return "";
+}
+
 /* mount TYPE SOURCE TARGET FLAGS DATA: FLAGS are words with commas; TARGET is made */
 void do_mount(char **arg, size_t count)
 {
@@ -102,7 +118,11 @@ void do_mount(char **arg, size_t count)
 	for (char *w = strtok_r(arg[3], ",", &save); w; w = strtok_r(NULL, ",", &save))
 		flags |= mount_flag(w);
 	make_dirs(arg[2]);
-	if (mount(arg[1], arg[2], arg[0], flags, arg[4]) < 0)
+	if (mount(arg[1], arg[2], arg[0], flags, arg[4]) == 0)
+		return;
+	if (errno == ENODEV)
+		die("the kernel has no %s file system%s", arg[0], config_of(arg[0]));
+	else
 		die("cannot mount %s (%s) on %s: %s", arg[1], arg[0], arg[2], strerror(errno));
 }
 

@@ -43,9 +43,11 @@ static int command_exists(const char *name)
 	return 0;
 }
 
-_Noreturn void child_main(const struct session *s, const int fds[3], int tty, int report)
+_Noreturn void child_main(const struct session *given, const int fds[3], int tty, int report)
 {
-	struct rlimit limit = { s->nofile < NOFILE_MAX ? s->nofile : NOFILE_MAX, NOFILE_MAX };
+	struct session copy = *given, *s = &copy;
+	struct rlimit limit = { given->nofile < NOFILE_MAX ? given->nofile : NOFILE_MAX,
+				NOFILE_MAX };
 	sigset_t none;
 
 	setsid();
@@ -57,13 +59,19 @@ _Noreturn void child_main(const struct session *s, const int fds[3], int tty, in
 	signal(SIGPIPE, SIG_DFL);
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
+	if (s->user && !user_find(s)) {
+		dprintf(report, "there is no user %s in the guest", s->user);
+		_exit(125);
+	}
+	if (tty >= 0 && fchown(tty, s->uid, -1) < 0)
+		child_fail(report, "cannot give the terminal away", "");
 	if (s->nofile > 0)
 		setrlimit(RLIMIT_NOFILE, &limit);
 	if (setgroups(s->group_count, s->groups) < 0 || setresgid(s->gid, s->gid, s->gid) < 0 ||
 	    setresuid(s->uid, s->uid, s->uid) < 0)
-		child_fail(report, "cannot become the calling user", "");
+		child_fail(report, "cannot become the command's user", "");
 	umask(s->umask);
-	if (s->cwd && chdir(s->cwd) < 0)
+	if (s->cwd && chdir(s->cwd) < 0 && !(s->cwd_optional && chdir("/") == 0))
 		child_fail(report, "cannot enter the directory ", s->cwd);
 	environ = s->envp;
 	execvp(s->argv[0], s->argv);

@@ -20,8 +20,18 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static struct session session = { .umask = 022, .stdio = { "null", "port", "port" } };
+#define FRESH { .umask = 022, .stdio = { "null", "port", "port" } }
+
+static struct session session = FRESH;
 static const char *end_mode = "reboot";
+
+/* One record's arguments; kept, as the session uses some, until its plan is done with. */
+struct record {
+	struct record *next;
+	char *arg[];
+};
+
+static struct record *records;
 
 _Noreturn static void machine_end(void)
 {
@@ -57,7 +67,8 @@ static void do_ports(char **arg, size_t count)
 	session_open(arg[0], arg + 1, count - 1);
 }
 
-/* end MODE: what follows the command's end: wait (for the host), poweroff or reboot */
+/* end MODE: what follows the command's end: wait (for the host), poweroff, reboot, or another
+ * command (again) */
 static void do_end(char **arg, size_t count)
 {
 	(void)count;
@@ -76,10 +87,25 @@ static void do_env(char **arg, size_t count)
 	session.envp = arg;
 }
 
+/* cwd PATH [optional]: with the second word / will do */
 static void do_cwd(char **arg, size_t count)
 {
-	(void)count;
 	session.cwd = arg[0];
+	session.cwd_optional = count > 1;
+}
+
+/* user NAME|NUMBER: who the command runs as, in the guest's words */
+static void do_user(char **arg, size_t count)
+{
+	(void)count;
+	session.user = arg[0];
+}
+
+/* input COUNT: so many bytes of stdin were for earlier commands; what they left is thrown away */
+static void do_input(char **arg, size_t count)
+{
+	(void)count;
+	session.input_base = number(arg[0], 10);
 }
 
 /* ids UID GID GROUP... */
@@ -120,6 +146,11 @@ static void do_tty(char **arg, size_t count)
 	session.tty_cooked = strcmp(arg[2], "cooked") == 0;
 }
 
+static bool takes_more(void)
+{
+	return strcmp(end_mode, "again") == 0;
+}
+
 /* run: start the command and see it to its end; the plan's last record */
 static void do_run(char **arg, size_t count)
 {
@@ -127,13 +158,26 @@ static void do_run(char **arg, size_t count)
 	(void)count;
 	if (!session.argv || !session.argv[0] || !session.envp)
 		die("the plan has no command");
-	session_run(&session);
-	machine_end();
+	session_run(&session, takes_more());
+	if (!takes_more())
+		machine_end();
+	free(session.groups);
+	session = (struct session)FRESH;
 }
 
 static void run_plan(char *at, char *end);
 
-/* await: say "ready" and go on with a plan that comes by the control port */
+static void forget_records(struct record *until)
+{
+	while (records != until) {
+		struct record *gone = records;
+
+		records = gone->next;
+		free(gone);
+	}
+}
+
+/* await: say "ready" and go on with a plan that comes by the control port, perhaps for ever */
 static void do_await(char **arg, size_t count)
 {
 	size_t size;
@@ -141,9 +185,15 @@ static void do_await(char **arg, size_t count)
 
 	(void)arg;
 	(void)count;
-	ctl_send("ready");
-	plan = ctl_read_plan(&size);
-	run_plan(plan, plan + size);
+	do {
+		struct record *before = records;
+
+		ctl_send("ready");
+		plan = ctl_read_plan(&size);
+		run_plan(plan, plan + size);
+		forget_records(before);
+		free(plan);
+	} while (takes_more());
 }
 
 static const struct {
@@ -157,6 +207,7 @@ static const struct {
 	{ "hostname", 1, do_hostname }, { "loopback", 0, do_loopback }, { "ports", 1, do_ports },
 	{ "end", 1, do_end },	    { "argv", 1, do_argv },
 	{ "env", 0, do_env },	      { "cwd", 1, do_cwd },	    { "ids", 2, do_ids },
+	{ "user", 1, do_user },	      { "input", 1, do_input },
 	{ "limits", 2, do_limits },   { "stdio", 3, do_stdio },	    { "tty", 3, do_tty },
 	{ "clock", 2, do_clock },     { "entropy", 1, do_entropy }, { "await", 0, do_await },
 	{ "kvm", 0, do_kvm },	      { "run", 0, do_run },
@@ -204,18 +255,20 @@ static void run_plan(char *at, char *end)
 
 		if (count > (size_t)(end - at))
 			die("the plan is cut short");
-		char **arg = calloc(count + 1, sizeof(*arg));
+		struct record *rec = calloc(1, sizeof(*rec) + (count + 1) * sizeof(rec->arg[0]));
 
-		if (!arg)
+		if (!rec)
 			die("out of memory");
+		rec->next = records;
+		records = rec;
 		for (i = 0; i < count; i++)
-			arg[i] = next_string(&at, end);
+			rec->arg[i] = next_string(&at, end);
 		for (i = 0; i < sizeof(verbs) / sizeof(verbs[0]); i++)
 			if (strcmp(verb, verbs[i].verb) == 0)
 				break;
 		if (i == sizeof(verbs) / sizeof(verbs[0]) || count < verbs[i].min_args)
 			die("the plan has a record this /init does not know: %s", verb);
-		verbs[i].run(arg, count); /* the session keeps some vectors: never freed */
+		verbs[i].run(rec->arg, count);
 	}
 }
 

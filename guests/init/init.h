@@ -14,6 +14,8 @@ struct session {
 	char **argv;
 	char **envp;
 	const char *cwd;
+	bool cwd_optional; /* without it the command starts in / */
+	const char *user;  /* name or number, looked up in the guest; else the ids below */
 	uid_t uid;
 	gid_t gid;
 	gid_t *groups;
@@ -22,6 +24,7 @@ struct session {
 	unsigned long nofile;
 	/* How each of stdin, stdout, stderr begins: "port", "tty", "null" or (stderr) "stdout". */
 	const char *stdio[3];
+	uint64_t input_base; /* bytes of input that the host sent for earlier commands */
 	unsigned rows, cols;
 	bool tty_cooked; /* the far terminal does its own output processing */
 };
@@ -62,13 +65,22 @@ int port_open(const char *prefix, const char *name);
  */
 _Noreturn void child_main(const struct session *s, const int fds[3], int tty, int report);
 
+/*
+ * Looks s->user up in /etc/passwd and /etc/group: ids, groups, and HOME, USER, LOGNAME and SHELL
+ * where the environment lacks them. A number that is in neither is good too. False: no such user.
+ */
+bool user_find(struct session *s);
+
 /* The plan that the host sends over the control port; as long as it takes, and never freed. */
 char *ctl_read_plan(size_t *size);
 
 /* Opens the ports PREFIXctl and PREFIX with each of these names: in, out, err, tty. */
 void session_open(const char *prefix, char **names, size_t count);
 
-/* Starts the command, carries its streams, and reports its end on the control port. */
-void session_run(struct session *s);
+/*
+ * Starts the command, carries its streams, and reports its end on the control port. Without
+ * `again` a command that cannot be started is the machine's end.
+ */
+void session_run(struct session *s, bool again);
 
 #endif

@@ -111,15 +111,17 @@ static void ctl_read(char *buf, size_t size)
 
 char *ctl_read_plan(size_t *size)
 {
-	char line[64];
-	size_t len = 0;
-	char *plan;
+	char line[64] = "", *plan;
+	size_t len;
 
-	do {
-		ctl_read(line + len, 1);
-	} while (line[len++] != '\n' && len < sizeof(line));
-	if (sscanf(line, "plan %zu", size) != 1)
-		die("the host sent no plan");
+	/* Other lines were for a command that has ended. */
+	while (sscanf(line, "plan %zu", size) != 1) {
+		len = 0;
+		do {
+			ctl_read(line + len, 1);
+		} while (line[len] != '\n' && ++len < sizeof(line) - 1);
+		line[len] = '\0';
+	}
 	plan = malloc(*size + 1);
 	if (!plan)
 		die("out of memory");

@@ -4,7 +4,8 @@
  * The control port speaks lines. To the host: "started", "exit STATUS OUT ERR TTY" (the bytes sent
  * on each port, so that the host knows when it has them all), "input-closed", "fail TEXT", "ready"
  * (for "plan SIZE" and the plan itself). From the host: "eof COUNT" (stdin ends after COUNT bytes),
- * "winch ROWS COLUMNS", "signal N", "close out|err" (nobody reads that stream any more).
+ * "winch ROWS COLUMNS", "signal N", "close out|err" (nobody reads that stream any more). Where
+ * commands follow one another, "fail" is about one of them, and "ready" comes after each.
  */
 #define _GNU_SOURCE
 #include "init.h"
@@ -39,6 +40,9 @@ struct channel {
 static struct channel channels[STREAM_COUNT];
 static int port_fd[STREAM_COUNT] = { -1, -1, -1, -1 };
 static uint64_t input_size = UINT64_MAX; /* where stdin ends, once the host has said so */
+static uint64_t input_taken;		 /* read from its port, for all commands */
+static char ctl_text[1024];		 /* from the host, the last line perhaps not whole */
+static size_t ctl_fill;
 static int pty_master = -1;
 static pid_t child = -1;
 static int child_status = -1;
@@ -93,8 +97,6 @@ static int open_pty(const struct session *s)
 	if (s->tty_cooked)
 		mode.c_oflag &= ~OPOST;
 	tcsetattr(slave, TCSANOW, &mode);
-	if (fchown(slave, s->uid, -1) < 0)
-		die("cannot give the terminal away: %s", strerror(errno));
 	return slave;
 }
 
@@ -105,10 +107,27 @@ static void channel_init(int i, int from, int to)
 		die("out of memory");
 }
 
-static void session_spawn(const struct session *s)
+/* What an earlier command did not read is not for this one. */
+static void input_skip(uint64_t base)
+{
+	struct pollfd p = { .fd = port_fd[STREAM_IN], .events = POLLIN };
+	char text[4096];
+
+	while (p.fd >= 0 && input_taken < base) {
+		uint64_t left = base - input_taken;
+		ssize_t got = read(p.fd, text, left < sizeof(text) ? left : sizeof(text));
+
+		if (got > 0)
+			input_taken += got;
+		else if (poll(&p, 1, -1) > 0 && (p.revents & POLLHUP) && !(p.revents & POLLIN))
+			die("the host closed the port of stdin");
+	}
+}
+
+/* Starts the child; false when it could not start, with the reason in `text`. */
+static bool session_spawn(const struct session *s, char *text, size_t size)
 {
 	int fds[3], report[2], slave = wants_tty(s) ? open_pty(s) : -1;
-	char text[256];
 	ssize_t got;
 
 	for (int i = 0; i < STREAM_COUNT; i++)
@@ -146,13 +165,10 @@ static void session_spawn(const struct session *s)
 			close(fds[i]);
 	if (slave >= 0)
 		close(slave);
-	got = read(report[0], text, sizeof(text) - 1); /* ends when exec closes the other end */
-	if (got > 0) {
-		text[got] = '\0';
-		die("%s", text);
-	}
+	got = read(report[0], text, size - 1); /* ends when exec closes the other end */
 	close(report[0]);
-	ctl_send("started");
+	text[got > 0 ? got : 0] = '\0';
+	return got <= 0;
 }
 
 static void channel_close(struct channel *c)
@@ -184,6 +200,7 @@ static bool channel_step(struct channel *c)
 			c->start = 0;
 			c->fill = n;
 			c->total += n;
+			input_taken += is_input ? n : 0;
 			moved = true;
 		} else if (!is_input && (n == 0 || (errno != EAGAIN && errno != EINTR))) {
 			channel_close(c); /* the last writer is gone (EIO on a pty) */
@@ -248,23 +265,21 @@ static void handle_line(const char *line)
 
 static void read_ctl(void)
 {
-	static char text[1024];
-	static size_t fill;
-	ssize_t got = read(ctl_fd, text + fill, sizeof(text) - 1 - fill);
+	ssize_t got = read(ctl_fd, ctl_text + ctl_fill, sizeof(ctl_text) - 1 - ctl_fill);
 	char *eol;
 
 	if (got <= 0)
 		return;
-	fill += got;
-	text[fill] = '\0';
-	while ((eol = strchr(text, '\n'))) {
+	ctl_fill += got;
+	ctl_text[ctl_fill] = '\0';
+	while ((eol = strchr(ctl_text, '\n'))) {
 		*eol = '\0';
-		handle_line(text);
-		fill -= eol + 1 - text;
-		memmove(text, eol + 1, fill + 1);
+		handle_line(ctl_text);
+		ctl_fill -= eol + 1 - ctl_text;
+		memmove(ctl_text, eol + 1, ctl_fill + 1);
 	}
-	if (fill == sizeof(text) - 1)
-		fill = 0; /* no line is that long */
+	if (ctl_fill == sizeof(ctl_text) - 1)
+		ctl_fill = 0; /* no line is that long */
 }
 
 /* Buries the dead; when the command itself is among them, ends everything else too. */
@@ -326,20 +341,27 @@ static size_t poll_set(struct pollfd *set, int signal_fd)
 	return n;
 }
 
-void session_run(struct session *s)
+/* As if no command had been run. */
+static void session_reset(void)
+{
+	for (int i = 0; i < STREAM_COUNT; i++) {
+		if (channels[i].buf)
+			channel_close(&channels[i]);
+		free(channels[i].buf);
+		channels[i] = (struct channel){ .from = -1, .to = -1 };
+	}
+	pty_master = -1;
+	child = child_status = -1;
+	input_size = UINT64_MAX;
+	ctl_fill = 0;
+}
+
+/* Until the child has ended and what it wrote is on its way. */
+static void session_carry(int signal_fd)
 {
 	struct pollfd set[2 + STREAM_COUNT];
 	long quiet_since = 0;
-	sigset_t mask;
-	int signal_fd;
 
-	sigemptyset(&mask);
-	sigaddset(&mask, SIGCHLD);
-	sigprocmask(SIG_BLOCK, &mask, NULL);
-	signal_fd = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
-	if (signal_fd < 0)
-		die("cannot make a signalfd: %s", strerror(errno));
-	session_spawn(s);
 	while (child_status < 0 || outputs_open()) {
 		bool moved = false;
 
@@ -357,9 +379,38 @@ void session_run(struct session *s)
 		else if (now_ms() - quiet_since > DRAIN_MS)
 			break; /* something unkillable holds a stream: its output is over */
 	}
+}
+
+void session_run(struct session *s, bool again)
+{
+	char text[256];
+	sigset_t mask;
+	int signal_fd;
+
+	sigemptyset(&mask);
+	sigaddset(&mask, SIGCHLD);
+	sigprocmask(SIG_BLOCK, &mask, NULL);
+	signal_fd = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
+	if (signal_fd < 0)
+		die("cannot make a signalfd: %s", strerror(errno));
+	session_reset();
+	input_skip(s->input_base);
+	if (!session_spawn(s, text, sizeof(text))) {
+		if (!again)
+			die("%s", text);
+		waitpid(child, NULL, 0);
+		close(signal_fd);
+		session_reset();
+		ctl_send("fail %s", text);
+		return;
+	}
+	ctl_send("started");
+	session_carry(signal_fd);
+	close(signal_fd);
 	sync();
 	ctl_send("exit %d %llu %llu %llu", child_status,
 		 (unsigned long long)channels[STREAM_OUT].total,
 		 (unsigned long long)channels[STREAM_ERR].total,
 		 (unsigned long long)channels[STREAM_TTY].total);
+	session_reset();
 }

@@ -6,7 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from vmm.nested.cpio import CpioWriter
+from vmm.guest.cpio import CpioWriter
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent.parent / "build" / "tools"

@@ -22,8 +22,8 @@ from tests.linux import BOOT_TIMEOUT
 from vmm import Machine
 from vmm.devices.virtio.blk import Blk
 from vmm.disk import CACHES
-from vmm.nested.kernels import packages_dir
-from vmm.nested.modules import ModuleTree, read_module
+from vmm.guest.kernels import packages_dir
+from vmm.guest.modules import ModuleTree, read_module
 
 transports = pytest.mark.parametrize("transport", ["pci", "mmio"])
 

@@ -9,7 +9,7 @@ import pytest
 from guests.initramfs import build
 from tests.boot.conftest import UP, Boot
 from vmm.devices.watchdog import Watchdog
-from vmm.nested.kernels import KernelTree, fetch_debian_kernel
+from vmm.guest.kernels import KernelTree, fetch_debian_kernel
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ import pytest
 
 from tests.conftest import count_boot
 from tests.nested.conftest import DEADLINE, ROOT, command, environment, nested
+from vmm.guest.modules import ModuleTree
 from vmm.nested.machine import NEEDED, find_parts
-from vmm.nested.modules import ModuleTree
 
 pytestmark = pytest.mark.timeout(DEADLINE + 20)
 

@@ -16,16 +16,16 @@ from pathlib import Path
 import pytest
 
 from vmm.errors import ConfigError, HostError
+from vmm.guest.cache import private_dir
+from vmm.guest.cpio import S_IFCHR, CpioWriter
+from vmm.guest.initbin import init_path
+from vmm.guest.kernels import fetch_debian_kernel, find_kernel, version_key
+from vmm.guest.modules import ModuleTree, dependencies, module_name, read_module
+from vmm.guest.plan import VERBS, Plan, decode
+from vmm.guest.streams import Input, Output
 from vmm.nested import Options, appliance, snapshot
-from vmm.nested.cache import private_dir
-from vmm.nested.cpio import S_IFCHR, CpioWriter
-from vmm.nested.initbin import init_path
-from vmm.nested.kernels import fetch_debian_kernel, find_kernel, version_key
 from vmm.nested.machine import find_parts
-from vmm.nested.modules import ModuleTree, dependencies, module_name, read_module
-from vmm.nested.plan import VERBS, Plan, decode
 from vmm.nested.qemu import Qemu, Share
-from vmm.nested.streams import Input, Output
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

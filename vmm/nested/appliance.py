@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import os
 import resource
-import stat
 import time
 
 from vmm.errors import ConfigError, HostError
+from vmm.guest import system
+from vmm.guest.log import print_tail
+from vmm.guest.plan import Plan
+from vmm.guest.pump import Finished, Job, Pump
+from vmm.guest.signals import Signals
+from vmm.guest.standard import (
+    choose_stdio,
+    fill_closed_streams,
+    open_outputs,
+    read_environment,
+)
+from vmm.guest.streams import Input
+from vmm.guest.terminal import Terminal
 from vmm.nested.machine import Machine
-from vmm.nested.plan import Plan
-from vmm.nested.pump import Finished, Pump, Signals, print_tail
 from vmm.nested.qemu import Qemu, Share
-from vmm.nested.streams import Input, Output
-from vmm.nested.terminal import Terminal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,20 +48,21 @@ def run_command(argv: list[str], options: Options) -> int:
     shares = _shares(options.rw)
     environment = _environment(options.env)
     machine = Machine(options.kernel, *_size(options), shares, options.verbose)
-    _fill_closed_streams()
+    fill_closed_streams()
     terminal = Terminal()
-    stdio = _stdio(terminal)
+    stdio = choose_stdio(terminal)
     plan = _plan(shares, terminal, stdio)
     plan.add("argv", *argv)
     plan.add("env", *(f"{key}={value}" for key, value in environment.items()))
     plan.add("run")
     stdin = Input(0) if stdio[0] != "null" else None
-    outputs = _outputs(terminal, stdio)
+    outputs = open_outputs(terminal, stdio)
     pumps: list[Pump] = []
     with Signals() as signals:
 
         def pump(qemu: Qemu) -> Pump:
-            made = Pump(qemu, plan, signals, terminal, stdin, outputs, limit, options.verbose)
+            job = Job(plan, terminal, stdin, outputs, limit)
+            made = Pump(qemu, job, signals, verbose=options.verbose)
             pumps.append(made)
             return made
 
@@ -64,7 +73,7 @@ def run_command(argv: list[str], options: Options) -> int:
         except HostError:
             terminal.restore()
             if pumps and not options.verbose:
-                print_tail(pumps[-1].log)
+                print_tail(pumps[-1].log, Qemu.noun)
             raise
         finally:
             terminal.restore()
@@ -84,17 +93,7 @@ def _shares(rw: list[str]) -> list[Share]:
 
 
 def _environment(settings: list[str]) -> dict[str, str]:
-    environment = dict(os.environ)
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not key:
-            raise ConfigError(f"--env {setting}: give KEY or KEY=VALUE")
-        if equals:
-            environment[key] = value
-        elif key not in environment:
-            raise ConfigError(f"--env {key}: it is not set in the environment")
-    environment[MARK] = "1"
-    return environment
+    return {**os.environ, **read_environment(settings), MARK: "1"}
 
 
 def _size(options: Options) -> tuple[int, int]:
@@ -109,49 +108,6 @@ def _size(options: Options) -> tuple[int, int]:
     return memory, cpus
 
 
-def _fill_closed_streams() -> None:
-    """A closed standard stream must not become some descriptor of ours by accident."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            opened = os.open("/dev/null", os.O_RDWR)
-            if opened != fd:
-                os.dup2(opened, fd)
-                os.close(opened)
-
-
-def _stdio(terminal: Terminal) -> list[str]:
-    """How each stream travels; see the plan's verb ``stdio``."""
-    how = ["tty" if terminal.is_tty[fd] else "port" for fd in range(3)]
-    if how[0] == "port" and (os.isatty(0) or _is_null(0)):
-        how[0] = "null"  # a background job's terminal is not to be read
-    if how[1] == how[2] == "port" and _same_file(1, 2):
-        how[2] = "stdout"  # 2>&1: keep the order in which the command wrote
-    return how
-
-
-def _is_null(fd: int) -> bool:
-    info = os.fstat(fd)
-    return stat.S_ISCHR(info.st_mode) and info.st_rdev == os.makedev(1, 3)
-
-
-def _same_file(one: int, other: int) -> bool:
-    a, b = os.fstat(one), os.fstat(other)
-    return (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
-
-
-def _outputs(terminal: Terminal, stdio: list[str]) -> dict[str, Output]:
-    outputs = {}
-    if stdio[1] == "port":
-        outputs["out"] = Output("out", 1)
-    if stdio[2] == "port":
-        outputs["err"] = Output("err", 2)
-    if "tty" in stdio:
-        outputs["tty"] = Output("tty", terminal.fd)
-    return outputs
-
-
 def _plan(shares: list[Share], terminal: Terminal, stdio: list[str]) -> Plan:
     """What differs from run to run; carried out when the machine is up."""
     plan = Plan()
@@ -163,19 +119,10 @@ def _plan(shares: list[Share], terminal: Terminal, stdio: list[str]) -> Plan:
     plan.add("kvm")
     options = f"trans=virtio,version=9p2000.L,msize={_MSIZE}"
     plan.mount("9p", "/lower", "root", "ro", f"{options},cache=loose")
-    plan.mount("tmpfs", "/upper", data="mode=755,size=75%")
-    plan.add("mkdir", "/upper/top", "755")
-    plan.add("mkdir", "/upper/work", "755")
-    plan.mount("overlay", "/new", data="lowerdir=/lower,upperdir=/upper/top,workdir=/upper/work")
-    plan.mount("proc", "/new/proc", flags="nosuid,nodev,noexec")
-    plan.mount("sysfs", "/new/sys", flags="nosuid,nodev,noexec")
-    plan.mount("devtmpfs", "/new/dev", flags="nosuid")
-    plan.mount("tmpfs", "/new/run", flags="nosuid,nodev", data="mode=755")
+    system.overlay(plan, "/lower", "/new", "/upper")
+    system.kernel_mounts(plan, "/new")
     plan.add("root", "/new")
-    plan.mount("devpts", "/dev/pts", flags="nosuid,noexec", data="gid=5,mode=620,ptmxmode=666")
-    plan.mount("tmpfs", "/dev/shm", flags="nosuid,nodev", data="mode=1777")
-    for target, link in (("fd", "fd"), ("fd/0", "stdin"), ("fd/1", "stdout"), ("fd/2", "stderr")):
-        plan.add("symlink", f"/proc/self/{target}", f"/dev/{link}")
+    system.devices(plan)
     for share in shares[1:]:
         plan.mount("9p", share.path, share.tag, "", f"{options},cache=mmap")
     for name in _OPENED:

@@ -6,21 +6,21 @@ import hashlib
 import os
 
 from vmm.errors import HostError
+from vmm.guest.cache import private_dir
+from vmm.guest.initramfs import Initramfs
+from vmm.guest.kernels import KernelTree, find_kernel
+from vmm.guest.plan import Plan
+from vmm.guest.pump import MachineLost
 from vmm.nested import qemu as qemu_module
 from vmm.nested import snapshot
-from vmm.nested.cache import private_dir
 from vmm.nested.image import unpacked_kernel
-from vmm.nested.initramfs import Initramfs
-from vmm.nested.kernels import KernelTree, find_kernel
-from vmm.nested.plan import Plan
-from vmm.nested.pump import MachineLost
 from vmm.nested.qemu import KERNEL_ARGS, Qemu, Share, find_qemu
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vmm.nested.pump import Pump
+    from vmm.guest.pump import Pump
     from vmm.nested.snapshot import Snapshot
 
 PORTS = ("in", "out", "err", "tty")

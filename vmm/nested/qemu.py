@@ -9,6 +9,7 @@ import signal
 import socket
 
 from vmm.errors import HostError
+from vmm.guest.pump import MachineLost
 
 _PROGRAM = "qemu-system-x86_64"
 _PR_SET_PDEATHSIG = 1
@@ -49,6 +50,8 @@ class Qemu:
     serial line, ``errors`` the descriptor of what QEMU itself says, ``pidfd`` tells its end; all
     of them are non-blocking. ``monitor`` is QMP, if asked for. Everything is owned here.
     """
+
+    noun = "nested machine"
 
     __slots__ = (
         "_theirs",
@@ -163,6 +166,20 @@ class Qemu:
             self.status = os.waitstatus_to_exitcode(status)
         return self.status
 
+    @property
+    def done(self) -> int:
+        """Readable when the process has ended."""
+        return self.pidfd
+
+    @property
+    def logs(self) -> tuple[int, int]:
+        """What the machine prints, and what QEMU does."""
+        return self.serial.fileno(), self.errors
+
+    def lost(self, log: bytearray) -> MachineLost:
+        """Why the process ended though the command had not; waits for it."""
+        return MachineLost(f"The nested machine ended early: {_why_ended(self.wait(), log)}")
+
     def _exec(self, errors: int) -> None:
         null = os.open("/dev/null", os.O_RDWR)
         for fd, source in ((0, null), (1, errors), (2, errors)):
@@ -196,3 +213,14 @@ class Qemu:
         for fd in self._theirs:
             os.close(fd)
         self._theirs.clear()
+
+
+def _why_ended(status: int, log: bytearray) -> str:
+    lines = log.decode(errors="replace").splitlines()
+    for line in reversed(lines):
+        for mark in ("vmm-init: ", "Kernel panic - not syncing: ", "qemu-system-x86_64: "):
+            if mark in line:
+                return line[line.index(mark) :].strip()
+    if status < 0:
+        return f"QEMU was killed by signal {-status}"
+    return f"QEMU ended with status {status}"

@@ -11,7 +11,7 @@ import shutil
 import time
 from contextlib import suppress
 
-from vmm.nested.cache import private_dir
+from vmm.guest.cache import private_dir
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 
 from vmm.errors import HostError
-from vmm.nested.cache import cache_dir
-from vmm.nested.modules import ModuleTree
+from vmm.guest.cache import cache_dir
+from vmm.guest.modules import ModuleTree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,10 +15,15 @@ if TYPE_CHECKING:
 
 _IMAGE_PREFIX = "vmlinuz-"
 _ADVICE = "install linux-image-amd64 (Debian), run `make kernels`, or name one with --kernel"
+_BZIMAGE = "arch/x86/boot/bzImage"  # in a build tree
+
+#: As ``kernel``: the newest of this machine that will do.
+HOST = "host"
 
 
 class KernelTree:
-    """A bootable image and the modules made with it: ``version``, ``image``, ``modules_dir``."""
+    """A bootable image and the modules made with it: ``version``, ``image``, ``modules_dir``, each
+    of them but the image perhaps empty."""
 
     __slots__ = ("_modules", "image", "modules_dir", "version")
 
@@ -65,6 +69,10 @@ def find_kernel(need: list[str], kernel: str | None = None) -> KernelTree:
             )
     else:
         trees = [*_fetched(), *_in_directory("/")]
+    return _first_that_does(trees, need, "the nested machine")
+
+
+def _first_that_does(trees: list[KernelTree], need: list[str], who: str) -> KernelTree:
     reason = "none is installed"
     for tree in trees:
         missing = [name for name in need if not tree.modules.has(name)]
@@ -74,7 +82,127 @@ def find_kernel(need: list[str], kernel: str | None = None) -> KernelTree:
             reason = f"{tree.image} cannot be read"
         else:
             return tree
-    raise HostError(f"No kernel for the nested machine ({reason}): {_ADVICE}")
+    raise HostError(f"No kernel for {who} ({reason}): {_ADVICE}")
+
+
+def guest_kernel(kernel: str | None, need: list[str]) -> KernelTree:
+    """The kernel that ``vmm run --kernel`` means.
+
+    ``host`` or None is the newest of this machine (in /boot, in /lib/modules, or fetched before)
+    that has the modules ``need``. A path is an image, with modules from the tree it lies in or
+    from /lib/modules; a directory is a build tree or an unpacked package; a .deb is unpacked into
+    the cache. What is named is taken as it is: it may have built in what it needs.
+
+    Raises:
+        HostError: there is none, or it cannot be read.
+    """
+    if kernel is None or kernel == HOST:
+        trees = [*_in_directory("/"), *_in_lib_modules("/lib/modules"), *_fetched()]
+        return _first_that_does(trees, need, "the guest")
+    if os.path.isdir(kernel):
+        found = _build_tree(kernel) or next(iter(_in_directory(kernel)), None)
+        if found is None:
+            raise HostError(
+                f"--kernel {kernel}: there is no {_BZIMAGE} in this directory (a build tree after "
+                "make) and no boot/vmlinuz-* (an unpacked package)"
+            )
+        return found
+    if kernel.endswith(".deb"):
+        return _in_package(kernel)
+    return _image(kernel)
+
+
+def _image(path: str) -> KernelTree:
+    for tree in _trees_at(path):
+        return tree
+    full = os.path.realpath(path)
+    if full.endswith("/" + _BZIMAGE):
+        built = _build_tree(full.removesuffix("/" + _BZIMAGE))
+        if built is not None:
+            return built
+    version = _version_of(path)
+    modules = f"/lib/modules/{version}"
+    return KernelTree(version, path, modules if version and os.path.isdir(modules) else "")
+
+
+def _version_of(path: str) -> str:
+    """By the image's own header; empty when it has none."""
+    from vmm.arch.x86_64 import bzimage
+    from vmm.arch.x86_64.source import Source
+    from vmm.errors import BootError
+
+    try:
+        with Source.open(path, "kernel") as source:
+            if bzimage.recognised(source.head(bzimage.HEAD)):
+                return bzimage.BzImage(source).version.partition(" ")[0]
+    except BootError:
+        pass  # the loader will say it better
+    return ""
+
+
+def _build_tree(top: str) -> KernelTree | None:
+    """A kernel where it was built, modules included."""
+    image = os.path.join(top, _BZIMAGE)
+    if not os.path.exists(image):
+        return None
+    try:
+        with open(os.path.join(top, "include/config/kernel.release"), encoding="utf-8") as file:
+            version = file.read().strip()
+    except OSError:
+        version = ""
+    return KernelTree(version, image, top if _has(top, "modules.order") else "")
+
+
+def _has(top: str, name: str) -> bool:
+    return os.path.exists(os.path.join(top, name))
+
+
+def _in_lib_modules(top: str) -> list[KernelTree]:
+    """Where distributions put the image beside its modules, newest first."""
+    try:
+        versions = sorted(os.listdir(top), key=version_key, reverse=True)
+    except OSError:
+        return []
+    paths = [(version, os.path.join(top, version)) for version in versions]
+    return [
+        KernelTree(version, os.path.join(path, "vmlinuz"), path)
+        for version, path in paths
+        if _has(path, "vmlinuz")
+    ]
+
+
+def _in_package(path: str) -> KernelTree:
+    """A kernel package of Debian's, unpacked once."""
+    try:
+        info = os.stat(path)
+    except OSError as error:
+        raise HostError(f"--kernel {path} cannot be read: {error.strerror}") from error
+    name = os.path.basename(path).removesuffix(".deb")
+    target = os.path.join(cache_dir(), "kernel-files", f"{name}-{info.st_size}-{info.st_mtime_ns}")
+    if not os.path.isdir(target):
+        _need_tools("dpkg-deb")
+        _unpack(path, target)
+    trees = _in_directory(target)
+    if not trees:
+        raise HostError(f"--kernel {path}: there is no boot/vmlinuz-* in this package")
+    return trees[0]
+
+
+def _unpack(deb: str, target: str) -> None:
+    import shutil
+
+    folder, name = os.path.split(target)
+    partial = os.path.join(folder, f".{name}.{os.getpid()}.new")
+    os.makedirs(partial)
+    try:
+        _output("dpkg-deb", "-x", deb, partial)
+        try:
+            os.rename(partial, target)
+        except OSError:
+            if not os.path.isdir(target):  # somebody else was faster: theirs is as good
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _trees_at(path: str) -> Iterator[KernelTree]:
@@ -171,6 +299,8 @@ def fetch_package(package: str) -> str:
 
 
 def _need_tools(*tools: str) -> None:
+    import shutil
+
     for tool in tools:
         if shutil.which(tool) is None:
             raise HostError(f"Fetching from Debian needs {tool}, which is not here: {_ADVICE}")
@@ -190,6 +320,8 @@ def _newest_package(flavour: str) -> str:
 
 
 def _download(package: str, target: str) -> None:
+    import shutil
+
     work = os.path.join(packages_dir(), f".{package}.{os.getpid()}")
     os.makedirs(work)
     try:
@@ -199,13 +331,7 @@ def _download(package: str, target: str) -> None:
         debs = [name for name in os.listdir(work) if name.endswith(".deb")]
         if len(debs) != 1:
             raise HostError(f"apt-get download {package} left {len(debs)} packages in {work}")
-        unpacked = os.path.join(work, "unpacked")
-        _output("dpkg-deb", "-x", os.path.join(work, debs[0]), unpacked)
-        try:
-            os.rename(unpacked, target)
-        except OSError:
-            if not os.path.isdir(target):  # somebody else was faster: theirs is as good
-                raise
+        _unpack(os.path.join(work, debs[0]), target)
         print(f"vmm: {package} is ready in {target}", file=sys.stderr, flush=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)

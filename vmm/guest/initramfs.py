@@ -8,13 +8,13 @@ import os
 from contextlib import suppress
 
 from vmm.errors import HostError
-from vmm.nested.cpio import S_IFCHR, CpioWriter
-from vmm.nested.modules import read_module
+from vmm.guest.cpio import S_IFCHR, CpioWriter
+from vmm.guest.modules import read_module
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmm.nested.kernels import KernelTree
-    from vmm.nested.plan import Plan
+    from vmm.guest.kernels import KernelTree
+    from vmm.guest.plan import Plan
 
 _KEEP = 6  # bases kept in the cache: a few kernels, a few sets of modules
 _FORMAT = "1"  # part of the cache key: change it with what _write_base writes
@@ -31,7 +31,7 @@ class Initramfs:
 
     def __init__(self, kernel: KernelTree, modules: list[str], cache: str | None) -> None:
         """Take the base from the directory ``cache``, if any, or build and try to keep it there."""
-        from vmm.nested.initbin import init_path
+        from vmm.guest.initbin import init_path
 
         self._tree = kernel.modules
         self._paths = self._tree.resolve(modules)

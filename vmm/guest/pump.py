@@ -1,4 +1,4 @@
-"""Sees one run of the nested machine through: streams, signals, deadlines, the command's end."""
+"""Sees a command in a machine through: streams, signals, deadlines, the command's end."""
 
 from __future__ import annotations
 
@@ -9,27 +9,46 @@ import time
 from contextlib import suppress
 
 from vmm.errors import STATUS_TIMEOUT, HostError
-from vmm.nested.streams import Input, Output
+from vmm.guest.log import say
+from vmm.guest.signals import ENDINGS, INTERRUPTS, PASSED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+    from socket import socket
+    from typing import Protocol
 
-    from vmm.nested.plan import Plan
-    from vmm.nested.qemu import Qemu
-    from vmm.nested.terminal import Terminal
+    from vmm.errors import VmmError
+    from vmm.guest.plan import Plan
+    from vmm.guest.signals import Signals
+    from vmm.guest.streams import Input, Output
+    from vmm.guest.terminal import Terminal
+
+    class Carrier(Protocol):
+        """The machine as a pump needs it: ``ports`` by name, non-blocking; ``done``, readable
+        when the machine has ended; ``logs``, descriptors of what it says; ``noun`` for messages.
+        """
+
+        noun: str
+        ports: dict[str, socket]
+
+        @property
+        def done(self) -> int: ...
+
+        @property
+        def logs(self) -> Sequence[int]: ...
+
+        def lost(self, log: bytearray) -> VmmError:
+            """Why it ended, though its command had not."""
+            ...
+
 
 _GRACE_S = 5.0  # between a forwarded SIGTERM and the end of everything
 _DRAIN_S = 1.0  # for the last words of a machine that has ended
 _LOG_KEEP = 64 * 1024
 _OUT_OF_MEMORY = b"Out of memory: Killed process"  # as the kernel says it
-_TAIL, _TAIL_PANIC = 30, 100  # lines of it that are shown, and shown after a panic
+_LINE_MAX = 4096  # of the control port; /init's are shorter, others' words are not believed
 _ESCAPE = b"\x1d"  # Ctrl-], three times within a second, ends the machine
-
-_INTERRUPTS = (signal.SIGINT, signal.SIGQUIT)
-_ENDINGS = (signal.SIGTERM, signal.SIGHUP)
-_PASSED = (signal.SIGUSR1, signal.SIGUSR2)
-_HANDLED = (*_INTERRUPTS, *_ENDINGS, *_PASSED, signal.SIGWINCH, signal.SIGCONT)
 
 
 class Finished(Exception):
@@ -44,123 +63,122 @@ class MachineLost(HostError):
     """The machine ended, or hangs, and not by the command's doing."""
 
 
-class _Ready(Exception):
-    """The machine waits for its plan."""
-
-
 class _TooLate(Exception):
     """It takes longer than it may."""
 
 
-class Signals:
-    """Turns signals into something to poll for: ``fd`` becomes readable, ``take`` lists them.
+class Job:
+    """One command: the plan that starts it, and where its streams go.
 
-    A context manager; the handlers before it come back at its end. Outside the main thread,
-    where Python cannot have handlers, it does nothing.
+    ``outputs`` maps port names to streams, ``stdin`` may be None. ``limit`` is on
+    time.monotonic's clock.
     """
 
-    __slots__ = ("_before", "_read", "_wakeup", "_write")
+    __slots__ = ("limit", "outputs", "plan", "stdin", "terminal")
 
-    def __enter__(self) -> Signals:
-        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._before: dict[int, object] = {}
-        try:
-            self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        except ValueError:
-            return self
-        for signo in _HANDLED:
-            # What the caller ignores (nohup) stays ignored.
-            if signal.getsignal(signo) != signal.SIG_IGN:
-                self._before[signo] = signal.signal(signo, lambda *_: None)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signo, handler in self._before.items():
-            signal.signal(signo, handler)  # type: ignore[arg-type]
-        if self._before:
-            signal.set_wakeup_fd(self._wakeup)
-        os.close(self._read)
-        os.close(self._write)
-
-    @property
-    def fd(self) -> int:
-        return self._read
-
-    def take(self) -> list[int]:
-        """The numbers of the signals that came since the last call."""
-        try:
-            return [signo for signo in os.read(self._read, 4096) if signo in self._before]
-        except BlockingIOError:
-            return []
+    def __init__(
+        self,
+        plan: Plan,
+        terminal: Terminal,
+        stdin: Input | None,
+        outputs: dict[str, Output],
+        limit: float | None = None,
+    ) -> None:
+        self.plan = plan
+        self.terminal = terminal
+        self.stdin = stdin
+        self.outputs = outputs
+        self.limit = limit
 
 
 class Pump:
     """The host's half of a session with one machine; ``run`` gives the command's exit status.
 
-    ``outputs`` maps port names to streams, ``stdin`` may be None. ``limit`` is on time.monotonic's
-    clock. With ``verbose`` the machine's log is copied to stderr as it comes; else the last of it
-    is kept in ``log``. Both ``boot`` and ``run`` raise Finished when signals or the limit end it,
-    HostError when the machine cannot run the command, and MachineLost when it fails.
+    With ``verbose`` the machine's log is copied to stderr as it comes; else the last of it is kept
+    in ``log``. Both ``boot`` and ``run`` raise Finished when signals or the limit end it,
+    HostError when the machine cannot run the command, and what the carrier says when it is lost.
+    A machine whose /init stays takes another command after ``again``.
     """
 
     def __init__(
-        self,
-        qemu: Qemu,
-        plan: Plan,
-        signals: Signals,
-        terminal: Terminal,
-        stdin: Input | None,
-        outputs: dict[str, Output],
-        limit: float | None,
-        verbose: bool,
+        self, carrier: Carrier, job: Job, signals: Signals | None, *, verbose: bool = False
     ) -> None:
         self.log = bytearray()
-        self.started_at: float | None = None
-        self._qemu = qemu
-        self._plan = plan
+        self.sent = 0  # bytes of input that the port has been given, for all commands
+        self._carrier = carrier
         self._signals = signals
-        self._terminal = terminal
-        self._stdin = stdin
-        self._outputs = outputs
         self._verbose = verbose
-        self._limit = limit
-        self._boot_limit = 0.0
+        self._commands = bytearray()  # lines on their way to the guest
+        self._lines = b""  # from the guest, the last one perhaps not whole
+        self._ready = False
+        self._failure: str | None = None  # why the guest cannot run the command
+        self.again(job)
+
+    def again(self, job: Job) -> None:
+        """The next command is this one."""
+        self.started_at: float | None = None
+        self._plan = job.plan
+        self._terminal = job.terminal
+        self._stdin = job.stdin
+        self._outputs = job.outputs
+        self._limit = job.limit
+        self._boot_limit: float | None = None
         self._planned = False
         self._grace: tuple[float, int] | None = None
         self._interrupted = False
-        self._commands = bytearray()  # lines on their way to the guest
-        self._lines = b""  # from the guest, the last one perhaps not whole
         self._result: tuple[int, dict[str, int]] | None = None
         self._escapes: list[float] = []
 
-    def boot(self, patience: float) -> bool:
+    @property
+    def exited(self) -> bool:
+        """The command ended by itself, or was killed in the guest."""
+        return self._result is not None
+
+    def boot(self, patience: float | None = None) -> bool:
         """Until the machine waits for its plan; False when it does not after so many seconds."""
-        self._boot_limit = time.monotonic() + patience
+        self._be_patient(patience)
         try:
-            while True:
+            while not self._ready:
                 self._wait()
-        except _Ready:
-            return True
         except _TooLate:
             return False
+        return True
 
-    def run(self, patience: float) -> int:
+    def run(self, patience: float | None = None) -> int:
         """Send the plan; until the command has ended and its output is delivered. It must have
         started after ``patience`` seconds."""
-        self._boot_limit = time.monotonic() + patience
+        self._be_patient(patience)
         for output in self._outputs.values():
             output.begin()
         plan = self._plan.encode()
         self._tell(f"plan {len(plan)}")
         self._commands += plan
         self._planned = True
+        self._ready = False
         try:
             while True:
                 self._wait()
         except Finished as end:
             return end.status
         except _TooLate:
-            raise MachineLost("The nested machine did not start the command in time") from None
+            noun = self._carrier.noun
+            raise MachineLost(f"The {noun} did not start the command in time") from None
+
+    def kill(self, grace: float) -> bool:
+        """End a command that was given up, with all that it started; False when the guest has
+        not done so after ``grace`` seconds."""
+        self._limit = self._stdin = None
+        if self._result is None:
+            self._tell(f"signal {int(signal.SIGKILL)}")
+        self._grace = time.monotonic() + grace, signal.SIGKILL
+        try:
+            while True:
+                self._wait()
+        except Finished:
+            return self._result is not None
+
+    def _be_patient(self, seconds: float | None) -> None:
+        self._boot_limit = None if seconds is None else time.monotonic() + seconds
 
     def _wait(self) -> None:
         poll = select.poll()
@@ -171,31 +189,32 @@ class Pump:
         self._check_deadlines()
         self._read_log(ready)
         self._control(ready)
-        if self._stdin is not None and self._qemu.ports:
+        if self._stdin is not None and self._carrier.ports:
             self._move_input(self._stdin, ready)
         for output in self._outputs.values():
-            fd, _ = output.wants(self._qemu.ports[output.name])
+            fd, _ = output.wants(self._carrier.ports[output.name])
             if fd in ready:
                 self._move_output(output)
         self._check_result()
-        if self._qemu.pidfd in ready:
+        if self._carrier.done in ready:
             self._machine_ended()
 
     def _interests(self) -> Iterator[tuple[int, int]]:
-        qemu = self._qemu
-        yield self._signals.fd, select.POLLIN
-        yield qemu.pidfd, select.POLLIN
-        yield qemu.serial.fileno(), select.POLLIN
-        yield qemu.errors, select.POLLIN
+        carrier = self._carrier
+        if self._signals is not None:
+            yield self._signals.fd, select.POLLIN
+        yield carrier.done, select.POLLIN
+        for fd in carrier.logs:
+            yield fd, select.POLLIN
         control = select.POLLIN | (select.POLLOUT if self._commands else 0)
-        yield qemu.ports["ctl"].fileno(), control
+        yield carrier.ports["ctl"].fileno(), control
         if self._stdin is not None and self.started_at is not None:
-            want = self._stdin.wants(qemu.ports["in"])
+            want = self._stdin.wants(carrier.ports["in"])
             if want is not None:
                 yield want
         for output in self._outputs.values() if self._planned else ():
             if not output.ended or output.pending:
-                yield output.wants(qemu.ports[output.name])
+                yield output.wants(carrier.ports[output.name])
 
     def _next_deadline(self) -> float | None:
         limits = [self._limit, self._grace[0] if self._grace else None]
@@ -212,28 +231,31 @@ class Pump:
             raise Finished(STATUS_TIMEOUT)
         if self._grace is not None and now >= self._grace[0]:
             raise Finished(128 + self._grace[1])
-        if self.started_at is None and now >= self._boot_limit:
+        late = self._boot_limit is not None and now >= self._boot_limit
+        if self.started_at is None and late:
             raise _TooLate
 
     def _check_signals(self, ready: dict[int, int]) -> None:
-        for signo in self._signals.take() if self._signals.fd in ready else []:
+        if self._signals is None or self._signals.fd not in ready:
+            return
+        for signo in self._signals.take():
             if signo == signal.SIGWINCH:
                 if self._terminal.fd >= 0:
                     self._tell("winch {} {}".format(*self._terminal.size()))
             elif signo == signal.SIGCONT:
                 if self.started_at is not None:
                     self._terminal.make_raw()  # whoever stopped us may have reset it
-            elif self.started_at is None and signo not in _PASSED:
+            elif self.started_at is None and signo not in PASSED:
                 raise Finished(128 + signo)
             else:
                 self._forward(signo)
 
     def _forward(self, signo: int) -> None:
-        if signo in _INTERRUPTS:
+        if signo in INTERRUPTS:
             if self._interrupted:
                 raise Finished(128 + signo)
             self._interrupted = True
-        elif signo in _ENDINGS:
+        elif signo in ENDINGS:
             if self._grace is not None:
                 raise Finished(128 + signo)
             self._grace = (time.monotonic() + _GRACE_S, signo)
@@ -243,37 +265,42 @@ class Pump:
         self._commands += line.encode() + b"\n"
 
     def _control(self, ready: dict[int, int]) -> None:
-        port = self._qemu.ports["ctl"]
+        port = self._carrier.ports["ctl"]
         if port.fileno() in ready:
             try:
                 data = port.recv(4096)
             except OSError:
                 data = b""
             *lines, self._lines = (self._lines + data).split(b"\n")
+            self._lines = self._lines[-_LINE_MAX:]
             for line in lines:
                 self._answer(line.decode(errors="replace"))
+            if self._failure is not None:
+                failure, self._failure = self._failure, None
+                raise HostError(f"The {self._carrier.noun} could not run the command: {failure}")
         if self._commands:
             with suppress(OSError):  # full, or gone: its end is seen elsewhere
                 del self._commands[: port.send(self._commands)]
 
     def _answer(self, line: str) -> None:
         word, _, rest = line.partition(" ")
+        if word in ("started", "exit") and not self._planned:
+            return  # there is no command that could have
         if word == "started":
             self.started_at = time.monotonic()
             self._terminal.make_raw()
         elif word == "ready":
-            raise _Ready
+            self._ready = True
         elif word == "input-closed" and self._stdin is not None:
             self._stdin.ended = True
             self._stdin.pending = memoryview(b"")
         elif word == "exit":
-            status, *counts = (int(text) for text in rest.split())
-            self._result = status, dict(zip(("out", "err", "tty"), counts, strict=True))
+            self._result = _exit_line(rest)
         elif word == "fail":
-            raise HostError(f"The nested machine could not run the command: {rest}")
+            self._failure = rest
 
     def _move_input(self, stdin: Input, ready: dict[int, int]) -> None:
-        port = self._qemu.ports["in"]
+        port = self._carrier.ports["in"]
         wanted = not stdin.pending and not stdin.ended
         if wanted and stdin.fd in ready:
             data = stdin.read()
@@ -284,7 +311,7 @@ class Pump:
                     self._forward(signal.SIGHUP)
                 self._tell(f"eof {stdin.total}")
         if stdin.pending:
-            stdin.send(port)
+            self.sent += stdin.send(port)
 
     def _watch_escape(self, data: bytes) -> None:
         now = time.monotonic()
@@ -295,7 +322,7 @@ class Pump:
 
     def _move_output(self, output: Output) -> None:
         was_broken = output.broken
-        output.step(self._qemu.ports[output.name])
+        output.step(self._carrier.ports[output.name])
         if output.broken and not was_broken:
             self._tell(f"close {output.name}")
 
@@ -314,11 +341,11 @@ class Pump:
                 )
         if status == 128 + signal.SIGKILL and _OUT_OF_MEMORY in self.log:
             self._terminal.restore()
-            say(["vmm: the nested machine ran out of memory; give it more with --memory"])
+            say([f"vmm: the {self._carrier.noun} ran out of memory; give it more with --memory"])
         raise Finished(status)
 
     def _read_log(self, ready: dict[int, int]) -> None:
-        for fd in (self._qemu.serial.fileno(), self._qemu.errors):
+        for fd in self._carrier.logs:
             if fd not in ready:
                 continue
             try:
@@ -339,8 +366,8 @@ class Pump:
         limit = time.monotonic() + _DRAIN_S
         while time.monotonic() < limit:
             poll = select.poll()
-            wanted = [self._qemu.serial.fileno(), self._qemu.errors]
-            wanted += [port.fileno() for port in self._qemu.ports.values()]
+            wanted = list(self._carrier.logs)
+            wanted += [port.fileno() for port in self._carrier.ports.values()]
             for fd in wanted:
                 poll.register(fd, select.POLLIN)
             ready = {fd: ev for fd, ev in poll.poll(0) if ev & select.POLLIN}
@@ -353,32 +380,13 @@ class Pump:
             after = len(self.log), sum(out.taken for out in self._outputs.values())
             if before == after and self._result is None:
                 break
-        raise MachineLost(_why_ended(self._qemu.wait(), self.log))
+        raise self._carrier.lost(self.log)
 
 
-def _why_ended(status: int, log: bytearray) -> str:
-    """One sentence about a machine that ended before its command did."""
-    lines = log.decode(errors="replace").splitlines()
-    for line in reversed(lines):
-        for mark in ("vmm-init: ", "Kernel panic - not syncing: ", "qemu-system-x86_64: "):
-            if mark in line:
-                return f"The nested machine ended early: {line[line.index(mark) :].strip()}"
-    if status < 0:
-        return f"The nested machine ended early: QEMU was killed by signal {-status}"
-    return f"The nested machine ended early: QEMU ended with status {status}"
-
-
-def print_tail(log: bytearray) -> None:
-    """The end of the machine's log on stderr, to go with an error: more of it after a panic, as
-    the reason stands before that."""
-    lines = log.decode(errors="replace").replace("\r", "").splitlines()[-_TAIL_PANIC:]
-    if not any("Kernel panic" in line for line in lines):
-        lines = lines[-_TAIL:]
-    if lines:
-        say(["--- the end of the nested machine's log ---", *lines])
-
-
-def say(lines: list[str]) -> None:
-    """Lines on descriptor 2, as sys.stderr is None when the caller had closed it."""
-    with suppress(OSError):
-        os.write(2, "".join(f"{line}\n" for line in lines).encode(errors="replace"))
+def _exit_line(text: str) -> tuple[int, dict[str, int]]:
+    """The command's status, and how much it wrote on each port. A guest can say anything."""
+    try:
+        status, *counts = (int(word) for word in text.split())
+        return status & 0xFF, dict(zip(("out", "err", "tty"), counts, strict=True))
+    except ValueError:
+        raise MachineLost(f"The guest reported an exit status that is none: {text!r}") from None

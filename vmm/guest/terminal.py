@@ -42,6 +42,10 @@ class Terminal:
             return 24, 80
         return (rows, columns) if rows and columns else (24, 80)
 
+    def kind(self) -> str:
+        """What $TERM says of it."""
+        return os.environ.get("TERM") or "linux"
+
     def make_raw(self) -> None:
         """Hand the keyboard to the guest. What was typed before stays to be read."""
         if not self.raw_input:
@@ -77,6 +81,15 @@ class Terminal:
         if self._saved is not None:
             _set(self._saved)
             self._saved = None
+
+
+class NoTerminal(Terminal):
+    """Where streams are pipes and files."""
+
+    def __init__(self) -> None:
+        self.is_tty = [False, False, False]
+        self.fd = -1
+        self._saved = None
 
 
 def _usable(fd: int) -> bool:

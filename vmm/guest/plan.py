@@ -28,6 +28,8 @@ VERBS = {
     "env": 0,
     "cwd": 1,
     "ids": 2,
+    "user": 1,
+    "input": 1,
     "limits": 2,
     "stdio": 3,
     "tty": 3,

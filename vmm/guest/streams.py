@@ -120,15 +120,18 @@ class Input:
         self.pending = memoryview(data)
         return data
 
-    def send(self, port: socket) -> None:
-        """Pass on what the port takes now."""
+    def send(self, port: socket) -> int:
+        """Pass on what the port takes now; how many bytes that was."""
         try:
-            self.pending = self.pending[port.send(self.pending) :]
+            count = port.send(self.pending)
         except BlockingIOError:
-            pass
+            return 0
         except OSError:
             self.pending = memoryview(b"")  # the machine is gone; its end is seen elsewhere
             self.ended = True
+            return 0
+        self.pending = self.pending[count:]
+        return count
 
 
 def _unblocked(fd: int) -> tuple[int, int]:

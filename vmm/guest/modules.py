@@ -22,11 +22,13 @@ _SHDR = struct.Struct("<IIQQQQIIQQ")  # section header
 
 def module_name(path: str) -> str:
     """The name the kernel knows a module by: ``kernel/fs/9p/9p.ko.xz`` is ``9p``."""
-    return path.rpartition("/")[2].partition(".ko")[0].replace("-", "_")
+    name = path.rpartition("/")[2].partition(".ko")[0]
+    return name.removesuffix(".o").replace("-", "_")  # modules.order has .o from Linux 6.4 on
 
 
 class ModuleTree:
-    """The modules of one kernel, found by name below ``root`` (/lib/modules/VERSION)."""
+    """The modules of one kernel, found by name below ``root``: /lib/modules/VERSION, a build tree,
+    or "" for a kernel without any."""
 
     __slots__ = ("_builtin", "_needs", "_paths", "root")
 
@@ -36,6 +38,8 @@ class ModuleTree:
         self._paths: dict[str, str] = {}
         self._builtin: set[str] = set()
         self._needs: dict[str, tuple[list[str], list[str]]] = {}  # by path, once read
+        if not root:
+            return
         if not os.path.isdir(root):
             raise HostError(f"There is no directory of kernel modules {root}")
         for path in self._lines("modules.builtin"):
@@ -84,12 +88,12 @@ class ModuleTree:
         path = self._paths.get(name)
         if path is None:
             return None
-        path = os.path.join(self.root, path)
-        if os.path.exists(path):
-            return path
-        # modules.order names .ko also where the files were compressed afterwards.
-        stem = path.partition(".ko")[0]
-        return next((stem + end for end in _SUFFIXES if os.path.exists(stem + end)), None)
+        # modules.order names .ko, or .o, also where the files were compressed afterwards; and a
+        # build tree's, until Linux 6.4, speaks of what will be installed.
+        stem = path.partition(".ko")[0].removesuffix(".o")
+        places = [os.path.join(self.root, part) for part in (stem, stem.removeprefix("kernel/"))]
+        choices = (place + end for place in places for end in _SUFFIXES)
+        return next((choice for choice in choices if os.path.exists(choice)), None)
 
     def _lines(self, name: str) -> list[str]:
         try:
