@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vmm.devices.virtio.python import PythonVirtioDevice as PythonVirtioDevice
     from vmm.devices.virtio.python import VirtioRequest as VirtioRequest
     from vmm.errors import BootError as BootError
+    from vmm.errors import CommandFailed as CommandFailed
     from vmm.errors import ConfigError as ConfigError
     from vmm.errors import GuestError as GuestError
     from vmm.errors import GuestLost as GuestLost
@@ -46,6 +47,7 @@ _HOMES = {
     "Field": "options",
     "Options": "options",
     "BootError": "errors",
+    "CommandFailed": "errors",
     "ConfigError": "errors",
     "GuestError": "errors",
     "GuestLost": "errors",
@@ -80,6 +82,7 @@ __all__ = [  # noqa: RUF022 - in the order a reader wants them
     "KvmError",
     "BootError",
     "MemoryFault",
+    "CommandFailed",
     "GuestError",
     "GuestPanic",
     "GuestLost",

@@ -63,6 +63,12 @@ class MachineConfig:
     hugepages: bool
     prefault: bool
     name: str
+    root: str | None
+    rw: bool
+    rodirs: list[str]  # HOST[:GUEST]
+    rwdirs: list[str]
+    overlay_dirs: list[str]
+    hostname: str | None
     disks: list[DiskSpec]
     io_threads: str
     io_cpus: str
@@ -97,6 +103,12 @@ class MachineConfig:
             hugepages: bool = False,
             prefault: bool = False,
             name: str = "vmm",
+            root: Path | None = None,
+            rw: bool = False,
+            rodirs: Sequence[Path] | Path = (),
+            rwdirs: Sequence[Path] | Path = (),
+            overlay_dirs: Sequence[Path] | Path = (),
+            hostname: str | None = None,
             disks: Sequence[Disk] | Disk = (),
             io_threads: str = "device",
             io_cpus: str = "",
@@ -143,9 +155,9 @@ class MachineConfig:
     def problems(self) -> list[str]:
         """Everything that is wrong with this configuration, one sentence each."""
         found = []
-        if not self.kernel:
+        if not self.kernel and self.root is None:
             found.append("No kernel was given; say which with --kernel FILE.")
-        found += _memory_problems(self)
+        found += _memory_problems(self) + _command_problems(self)
         if not 1 <= self.cpus <= CPUS_MAX:
             found.append(f"--cpus {self.cpus}: a machine has 1 to {CPUS_MAX} vCPUs.")
         if self.timeout is not None and not 0 < self.timeout <= TIMEOUT_MAX:
@@ -202,6 +214,21 @@ class MachineConfig:
         return f"MachineConfig({', '.join(changed)})"
 
 
+def _command_problems(config: MachineConfig) -> list[str]:
+    found = []
+    if config.root is None:
+        given: dict[str, object] = {"--rw": config.rw, "--hostname": config.hostname}
+        given |= {"--rodir": config.rodirs, "--rwdir": config.rwdirs}
+        given |= {"--overlay-dir": config.overlay_dirs}
+        flags = [flag for flag, value in given.items() if value]
+        found += [f"{flag} is for a command in the guest, or with --root." for flag in flags]
+    elif config.root == "initrd" and (config.rw or not config.initrds):
+        found.append("--root initrd is the files of --initrd, in memory.")
+    elif config.boot in ("flat", "multiboot"):
+        found.append(f"--boot {config.boot}: a command needs a Linux.")
+    return found
+
+
 def _memory_problems(config: MachineConfig) -> list[str]:
     text = f"--memory {values.format_size(config.memory)}" if config.memory >= 0 else "--memory"
     if not MEMORY_MIN <= config.memory <= MEMORY_MAX:
@@ -241,7 +268,7 @@ def _flag(row: Setting, value: object) -> str:
         return f"{row.name}={value}"
     if row.kind == SWITCH:
         return row.name if value else "--no-" + row.name[2:]
-    if row.path:
+    if row.path and value not in row.words:
         value = values.absolute(value)
     if row.parse is values.parse_size and isinstance(value, int):
         value = values.format_size(value)
@@ -322,5 +349,6 @@ def _from_toml(path: str, key: str, row: Setting, value: object, base: str) -> o
         if not isinstance(item, str):
             raise ConfigError(f"{path}: {key} must be {'text' if row.kind == VALUE else OPTIONAL}")
         read = row.read(item, f"{path}: {key} =")
-        done.append(values.absolute(read, base or ".") if row.path else read)
+        is_path = row.path and read not in row.words
+        done.append(values.absolute(read, base or ".") if is_path else read)
     return done if row.repeatable else done[0]

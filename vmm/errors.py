@@ -9,6 +9,10 @@ from __future__ import annotations
 import errno as _errno
 import os
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.result import RunResult
+
 #: Exit statuses of ``vmm`` that are its own and not the guest's.
 STATUS_USAGE = 2
 STATUS_TIMEOUT = 124
@@ -68,6 +72,16 @@ class GuestError(VmmError):
     def __init__(self, message: str, *, console: str = "") -> None:
         super().__init__(message)
         self.console = console
+
+
+class CommandFailed(VmmError):
+    """A command in a guest ended with a status that is not 0; ``result`` is its RunResult."""
+
+    def __init__(self, result: RunResult) -> None:
+        last = result.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        super().__init__(f"{result.message}{f' It said: {last}' if last else ''}")
+        self.result = result
+        self.status = result.status
 
 
 class GuestPanic(GuestError):

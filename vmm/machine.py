@@ -28,12 +28,15 @@ from vmm.vcpus import CpuThread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from typing import Any, Self
 
     from vmm.arch.base import BootImage
     from vmm.chardev import CharDev
     from vmm.console import Console
     from vmm.device import Device
+    from vmm.guest.agent import Agent
+    from vmm.guest.boot import GuestBoot
 
 PAUSE_TIMEOUT_MS = 10_000
 #: After a kernel said it panics, how long it may go on printing why.
@@ -78,6 +81,10 @@ class Machine:
         #: Where the vCPUs were when a deadline passed.
         self._late_diagnosis = ""
         self._closed = False
+        #: A command in the guest may want a terminal; before ``start``.
+        self.terminal_port = False
+        self._guest: GuestBoot | None = None
+        self._agent: Agent | None = None
         #: Held by who looks at the vCPUs, a device's thread perhaps: they are there until then.
         self._looking = threading.Lock()
 
@@ -97,6 +104,16 @@ class Machine:
             memory.prefault()
         return memory
 
+    def _full_config(self) -> MachineConfig:
+        """The configuration with all that a guest that takes commands is made of."""
+        config = self.config
+        if config.root is not None:
+            from vmm.guest.boot import GuestBoot
+
+            self._guest = GuestBoot(config, tty=self.terminal_port)
+            return self._guest.config
+        return config
+
     def _build(self) -> None:
         kvm = self._kvm = Kvm()
         kvm.require(*self._arch.required_caps)
@@ -111,7 +128,8 @@ class Machine:
         if self._native == ffi.NULL:
             raise HostError("The VM's state could not be allocated.", errno=ffi.errno)
         lib.vmm_vm_count_exits(self._native, int(bool(self.config.debug_exits)))
-        board = Board(self.config, self._memory, self._chip, vm=vm, native_vm=self._native)
+        config = self._full_config()
+        board = Board(config, self._memory, self._chip, vm=vm, native_vm=self._native)
         self._board = board
         board.on_end = self._guest_end
         board.on_error = self._on_error
@@ -140,6 +158,11 @@ class Machine:
             for cpu in self._vcpus:
                 self._running += 1
                 cpu.start(self._on_event, self._on_error, self._on_thread_end)
+            if self._guest is not None:
+                from vmm.guest.agent import Agent
+
+                self._agent = Agent(self, self._guest.ports)
+                self._guest.close()
         except BaseException:
             self.close()
             raise
@@ -156,9 +179,10 @@ class Machine:
         memory = self._build_memory()
         board = None
         try:
-            board = Board(self.config, memory, IrqChip())
+            config = self._full_config()
+            board = Board(config, memory, IrqChip())
             self._arch.build(board)
-            image = self._arch.load(board) if self.config.kernel else None
+            image = self._arch.load(board) if config.kernel else None
             facts = self._arch.describe(board, image)
             gsis = facts.pop("interrupts", {})
             facts["devices"] = [
@@ -176,6 +200,8 @@ class Machine:
         finally:
             if board is not None:
                 board.close()
+            if self._guest is not None:
+                self._guest.close()
             memory.close()
 
     # ---- what vCPU threads call -----------------------------------------------------------
@@ -341,13 +367,46 @@ class Machine:
             [cpu.history() for cpu in cpus],
         )
 
-    def run(self) -> RunResult:
-        """Start, wait, close."""
-        try:
-            self.start()
-            return self.wait()
-        finally:
-            self.close()
+    def run(
+        self,
+        argv: Sequence[str] | None = None,
+        *,
+        input: bytes | None = b"",
+        check: bool = False,
+        timeout: float | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+    ) -> RunResult:
+        """A command in the guest of a machine that was started with a ``root``; without ``argv``
+        start, wait, close.
+
+        The result's ``status`` is the command's (128+n when signal n ended it, 126/127 as a shell
+        has them) and its ``reason`` is "exited"; after ``timeout`` seconds the command is killed
+        and they are 124 and "timeout". When the guest ends first they say how. With ``check``
+        anything but status 0 raises CommandFailed, GuestPanic, GuestLost or GuestTimeout. All
+        that the command started ends with it; files stay. ``input`` None is /dev/null.
+
+        Raises HostError when the guest cannot run it.
+        """
+        if argv is None:
+            try:
+                self.start()
+                return self.wait()
+            finally:
+                self.close()
+        from vmm.guest.command import Command
+
+        command = Command(argv, env=env, cwd=cwd, user=user, place=os.getcwd())
+        result = self.agent.call(command, input, timeout)
+        return result.check() if check else result
+
+    @property
+    def agent(self) -> Agent:
+        """Carries commands to the guest. Raises VmmError when this machine takes none."""
+        if self._agent is None:
+            raise VmmError("Only a machine that was started with a root takes commands.")
+        return self._agent
 
     def stop(self) -> None:
         """End the guest now, from any thread, more than once. ``wait`` then returns."""
@@ -438,6 +497,10 @@ class Machine:
         if self._native != ffi.NULL:
             lib.vmm_vm_stop(self._native)
             self._join()
+        if self._agent is not None:
+            self._agent.close()
+        if self._guest is not None:
+            self._guest.close()
         with self._looking:
             self._closed = True
         for cpu in self._vcpus:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from vmm.errors import GuestLost, GuestPanic, GuestTimeout
+from vmm.errors import CommandFailed, GuestLost, GuestPanic, GuestTimeout
 
 #: Every ``RunResult.reason``.
 REASONS = (
+    "exited",  # a command in the guest ended; the status is its own
     "poweroff",  # the guest powered off
     "reset",  # the guest asked for a reset, which ends a run
     "debug-exit",  # the guest wrote its own status to the debug exit port
@@ -24,10 +25,14 @@ class RunResult:
     ``status`` is the exit status of ``vmm run`` (0 on a clean power-off), ``reason`` one of
     REASONS, ``console`` the tail of the main console, ``duration_s`` seconds from the start of
     the guest to its end, ``message`` one sentence, ``diagnosis`` many lines or empty, ``clocks``
-    the measured times in seconds by name (``start_to_first_run_s`` and others).
+    the measured times in seconds by name (``start_to_first_run_s`` and others). Of a command,
+    ``stdout`` and ``stderr`` are what it wrote.
     """
 
-    __slots__ = ("clocks", "console", "diagnosis", "duration_s", "message", "reason", "status")
+    __slots__ = (
+        "clocks", "console", "diagnosis", "duration_s", "message", "reason", "status", "stderr",
+        "stdout",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -39,6 +44,8 @@ class RunResult:
         message: str = "",
         diagnosis: str = "",
         clocks: dict[str, float] | None = None,
+        stdout: bytes = b"",
+        stderr: bytes = b"",
     ) -> None:
         self.status = status
         self.reason = reason
@@ -47,6 +54,8 @@ class RunResult:
         self.message = message
         self.diagnosis = diagnosis
         self.clocks = clocks if clocks is not None else {}
+        self.stdout = stdout
+        self.stderr = stderr
 
     @property
     def ok(self) -> bool:
@@ -55,7 +64,8 @@ class RunResult:
 
     def check(self) -> RunResult:
         """This result, unless the guest ended badly: then GuestPanic, GuestLost or
-        GuestTimeout, with the console's tail in the exception's ``console``."""
+        GuestTimeout, with the console's tail in the exception's ``console``; or a command failed:
+        then CommandFailed, with this result in it."""
         error = {
             "panic": GuestPanic,
             "lost": GuestLost,
@@ -64,6 +74,8 @@ class RunResult:
         }.get(self.reason)
         if error is not None:
             raise error(self.message or f"the guest ended by {self.reason}", console=self.console)
+        if self.reason == "exited" and self.status:
+            raise CommandFailed(self)
         return self
 
     def __repr__(self) -> str:

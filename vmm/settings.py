@@ -31,11 +31,12 @@ ALL = ("run", "nested", "doctor")
 class Setting:
     """One row. ``dest`` is its name in Python and, with dashes or underscores, in TOML;
     ``aliases`` are spellings of other tools that are understood too; ``path`` tells that a
-    relative value depends on the directory; ``machine`` that MachineConfig has it."""
+    relative value depends on the directory, unless it is one of ``words``; ``machine`` that
+    MachineConfig has it."""
 
     __slots__ = (
         "aliases", "choices", "commands", "default", "default_text", "dest", "flags", "group",
-        "help", "kind", "machine", "metavar", "parse", "path", "repeatable", "types",
+        "help", "kind", "machine", "metavar", "parse", "path", "repeatable", "types", "words",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +55,7 @@ class Setting:
         choices: tuple[str, ...] = (),
         repeatable: bool = False,
         path: bool = False,
+        words: tuple[str, ...] = (),
         types: tuple[type, ...] = (str,),
         commands: tuple[str, ...] = RUN,
         machine: bool = True,
@@ -71,6 +73,7 @@ class Setting:
         self.choices = choices
         self.repeatable = repeatable
         self.path = path
+        self.words = words
         self.types = (bool,) if kind == SWITCH else types
         self.commands = commands
         self.machine = machine and "run" in commands
@@ -143,8 +146,11 @@ SETTINGS = (
     Setting(
         "kernel", "-k --kernel", "Boot",
         "The kernel or payload to boot: a bzImage, an ELF vmlinux (64-bit or PVH entry, "
-        "compressed or not), a multiboot payload, or flat code.",
-        parse=values.parse_path, metavar="FILE", path=True, aliases="--kimg",
+        "compressed or not), a multiboot payload, or flat code. For a command also: host, the "
+        "newest kernel of this machine that will do; a directory where a kernel was built, or "
+        "where a package of one was unpacked; a Debian package.",
+        parse=values.parse_path, metavar="FILE", path=True, aliases="--kimg", words=("host",),
+        default_text="host, for a command",
     ),
     Setting(
         "initrds", "-i --initrd", "Boot",
@@ -230,6 +236,56 @@ SETTINGS = (
         "A name for the machine, in messages and thread names.",
         metavar="NAME", default="vmm",
     ),
+    # ---- a command in the guest
+    Setting(
+        "root", "--root", "Command",
+        "Directory whose files are the guest's root. What the command writes there is kept in "
+        "memory and lost, unless --rw is given. The word initrd: the files of --initrd.",
+        parse=values.parse_path, metavar="DIR", path=True, words=("initrd",),
+        default_text="/, for a command",
+    ),
+    Setting(
+        "rw", "--rw", "Command",
+        "Let the command change the files of --root.",
+        kind=SWITCH, default=False,
+    ),
+    Setting(
+        "rodirs", "--rodir", "Command",
+        "Show a directory of this machine in the guest, at the same path or at GUEST, read-only.",
+        parse=values.parse_path, metavar="HOST[:GUEST]", repeatable=True, path=True,
+    ),
+    Setting(
+        "rwdirs", "--rwdir", "Command",
+        "The same, and let the command change it.",
+        parse=values.parse_path, metavar="HOST[:GUEST]", repeatable=True, path=True,
+    ),
+    Setting(
+        "overlay_dirs", "--overlay-dir", "Command",
+        "The same; what the command changes in it is kept in memory and lost.",
+        parse=values.parse_path, metavar="HOST[:GUEST]", repeatable=True, path=True,
+    ),
+    Setting(
+        "hostname", "--hostname", "Command",
+        "The guest's host name.",
+        metavar="NAME", default_text="that of --name",
+    ),
+    Setting(
+        "pwd", "--pwd", "Command",
+        "The directory the command starts in.",
+        parse=values.parse_path, metavar="DIR", machine=False, aliases="--cwd",
+        default_text="this one, if the guest has it, else /",
+    ),
+    Setting(
+        "user", "--user", "Command",
+        "Who the command runs as: a name or a number, looked up in the guest.",
+        metavar="USER", machine=False, default_text="root",
+    ),
+    Setting(
+        "env", "-e --env", "Command",
+        "An environment variable for the command, besides PATH, HOME, USER, LOGNAME, SHELL and, "
+        "at a terminal, TERM: KEY=VALUE, or KEY to take the value it has here.",
+        metavar="KEY[=VALUE]", repeatable=True, machine=False,
+    ),
     # ---- devices
     Setting(
         "disks", "-d --disk", "Devices",
@@ -290,7 +346,7 @@ SETTINGS = (
     Setting(
         "console", "--console", "Console",
         "Where the virtio console (hvc0) ends, by the same words. When there is one it is the "
-        "kernel's main console.",
+        "kernel's main console. With a command: where the kernel's log goes.",
         parse=values.parse_target, metavar="TARGET", default="none", path=True,
     ),
     Setting(

@@ -13,7 +13,7 @@ import pytest
 from guests.initramfs import VIRTIO_MODULES, build, kernel_tree
 from tests.back_ends import file_daemon, storage_daemon
 from tests.boot.conftest import UP, Boot
-from vmm.nested.modules import ModuleTree
+from vmm.guest.modules import ModuleTree
 
 MIB = 1 << 20
 

@@ -154,7 +154,7 @@ def test_examples_of_the_help_are_valid() -> None:
             if command == "qtest":
                 qtest_options.parse(argv)
             else:
-                parse(argv, command, takes_rest=command == "nested")
+                parse(argv, command, takes_rest={"nested": "any", "run": "--"}.get(command, ""))
 
 
 def main(*argv: str) -> int:

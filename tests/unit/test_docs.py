@@ -55,8 +55,13 @@ def test_a_command_is_understood(line: str, folder: Path) -> None:
     """Up to the machine it would build."""
     if "--net user" in line and shutil.which("passt") is None:
         pytest.skip("passt is not installed (apt install passt)")
-    words = shlex.split(line.partition(";")[0])
-    argv = [sys.executable, "-m", "vmm", *words[1:], "--dry-run", "--accel", "kvm"]
+    lexer = shlex.shlex(line, punctuation_chars=";", posix=True)
+    lexer.whitespace_split = True
+    words = list(lexer)
+    words = words[: words.index(";")] if ";" in words else words
+    at = words.index("--") if "--" in words else len(words)
+    flags = ["--dry-run", "--accel", "kvm"]
+    argv = [sys.executable, "-m", "vmm", *words[1:at], *flags, *words[at:]]
     done = subprocess.run(
         argv, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=60, check=False,

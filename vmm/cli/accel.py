@@ -9,6 +9,8 @@ from vmm.host import cpu_extension
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vmm.config import MachineConfig
 
 DEV_KVM = "/dev/kvm"
@@ -24,6 +26,8 @@ MARK = "VMM_NESTED"
 def is_linux(config: MachineConfig) -> bool:
     """Whether the payload is a Linux kernel. What is no kernel at all is not; it is refused
     sooner where nothing is booted first."""
+    if config.root is not None:
+        return True  # it takes commands
     if config.boot in ("flat", "multiboot") or not config.kernel:
         return False
     from vmm.arch.x86_64 import bzimage, elf, linux, unpack
@@ -54,11 +58,18 @@ def choose(accel: str, config: MachineConfig) -> tuple[str, str]:
     return "nested", "this host's KVM has no vmx or svm and cannot run Linux"
 
 
-def run_nested(config: MachineConfig, flags: list[str], why: str, *, verbose: bool) -> int:
+def run_nested(
+    config: MachineConfig,
+    flags: list[str],
+    why: str,
+    *,
+    verbose: bool,
+    command: Sequence[str] = (),
+) -> int:
     """Run the same machine inside an appliance; gives the exit status.
 
-    ``flags`` are those that are not settings of the machine. Raises HostError when the
-    appliance's parts are missing.
+    ``flags`` are those that are not settings of the machine; ``command`` follows them all.
+    Raises HostError when the appliance's parts are missing.
     """
     import sys
 
@@ -75,6 +86,7 @@ def run_nested(config: MachineConfig, flags: list[str], why: str, *, verbose: bo
         [os.path.dirname(package), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
     argv = [sys.executable, "-m", "vmm", "run", "--accel=kvm", *config.to_argv(), *flags]
+    argv += ["--", *command] if command else []
     options = nested.Options(
         rw=writable_directories(config),
         memory=_appliance_memory(config),
@@ -100,8 +112,11 @@ def writable_directories(config: MachineConfig) -> list[str]:
     files = [target for target in (config.serial, config.console) if target not in TARGETS]
     files += [disk.path for disk in config.disks if not disk.read_only]
     real = [os.path.realpath(path) for path in files]
+    folders = [path.partition(":")[0] for path in config.rwdirs]
+    folders += [config.root] if config.rw and config.root else []
     # What is no regular file (/dev/null, a block device) is not written by its directory.
-    return sorted({os.path.dirname(p) for p in real if os.path.isfile(p) or not os.path.exists(p)})
+    found = {os.path.dirname(p) for p in real if os.path.isfile(p) or not os.path.exists(p)}
+    return sorted(found | {os.path.realpath(path) for path in folders})
 
 
 def _appliance_memory(config: MachineConfig) -> int | None:

@@ -12,7 +12,7 @@ from vmm.errors import ConfigError
 from vmm.settings import OPTIONAL, SWITCH, Setting, device_settings, nearest, of_command
 
 USAGE = {
-    "run": "vmm run -k KERNEL [FLAG]...",
+    "run": "vmm run -k KERNEL [FLAG]... | vmm run [FLAG]... -- COMMAND [ARGUMENT]...",
     "nested": "vmm nested [FLAG]... [--] COMMAND [ARGUMENT]...",
     "doctor": "vmm doctor [FLAG]...",
     "qtest": "vmm qtest [QEMU FLAG]... -qtest WHERE",
@@ -22,8 +22,9 @@ USAGE = {
 ABOUT = {
     "run": "Boots a kernel or a payload in a virtual machine, with the terminal as its console. "
     "At a terminal all keys go to the guest; Ctrl-A x ends the machine, Ctrl-A a sends a "
-    "Ctrl-A. Where this host's KVM is missing or cannot run the kernel, the same is done inside "
-    "an appliance (see 'vmm help nested').",
+    "Ctrl-A. With a command, runs that in the guest, with this machine's files: streams and "
+    "exit status are the command's (see docs/command.md). Where this host's KVM is missing or "
+    "cannot run the kernel, the same is done inside an appliance (see 'vmm help nested').",
     "nested": "Runs a command in an appliance: a Linux under QEMU's emulation that has a true "
     "/dev/kvm. The command sees this machine's files; what it writes is kept in memory and lost, "
     "but for directories given by --rw. Streams and exit status are the command's own.",
@@ -41,6 +42,7 @@ EXAMPLES = {
         'vmm run -k vmlinuz -d root.img,serial=root -a "root=/dev/vda rw" -m 1G -c 2',
         "vmm run -k bzImage -i test.cpio --serial boot.log --timeout 60",
         "vmm run --config vm.toml --dry-run",
+        "vmm run -k bzImage -- make check",
     ),
     "nested": ("vmm nested ls -l /dev/kvm", "vmm nested --rw . -- make test"),
     "doctor": ("vmm doctor", "vmm doctor --kernel /boot/vmlinuz-6.1.0-18-amd64"),
@@ -51,12 +53,14 @@ EXAMPLES = {
 STATUSES = {
     "run": (
         ("0", "the guest powered off or was reset"),
+        ("0-123", "with a command: its own; 128+N: ended by signal N"),
+        ("126, 127", "with a command: it could not be run, was not found"),
         ("N", "the guest ended itself with a status, by the debug exit port"),
         ("2", "wrong use: a flag, a value, the configuration file"),
         ("124", "the deadline of --timeout passed"),
         ("125", "the host or vmm failed: no KVM, no memory, a file, a kernel that cannot boot"),
         ("130, 143", "ended by Ctrl-C (or Ctrl-A x), by SIGTERM"),
-        ("255", "the guest's kernel panicked, or the guest vanished"),
+        ("255", "the guest's kernel panicked, or the guest vanished or left its command"),
     ),
     "nested": (
         ("0-123", "the command's own"),

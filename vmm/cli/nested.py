@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Gives the command's exit status."""
-    parsed = parse(argv, "nested", takes_rest=True)
+    parsed = parse(argv, "nested", takes_rest="any")
     given: dict[str, Any] = parsed.values
     if given.pop("help", False):
         from vmm.cli import help as text

@@ -33,11 +33,11 @@ def flags_of(command: str) -> dict[str, tuple[Setting, bool]]:
     return known
 
 
-def parse(argv: list[str], command: str, *, takes_rest: bool = False) -> Parsed:
+def parse(argv: list[str], command: str, *, takes_rest: str = "") -> Parsed:
     """Read the arguments of one sub-command. Raises ConfigError.
 
-    With ``takes_rest`` the first argument that is no flag, or ``--``, begins ``rest``; else such
-    an argument is an error.
+    With ``takes_rest`` "--" that word begins ``rest``; with "any" the first argument that is no
+    flag does, too. Else such an argument is an error.
     """
     known = flags_of(command)
     parsed = Parsed()
@@ -45,7 +45,7 @@ def parse(argv: list[str], command: str, *, takes_rest: bool = False) -> Parsed:
     while queue:
         arg = queue.pop()
         if arg == "--" or not arg.startswith("-") or arg == "-":
-            if not takes_rest:
+            if not takes_rest or (takes_rest == "--" and arg != "--"):
                 _no_arguments(command, arg)
             parsed.rest = ([] if arg == "--" else [arg]) + queue[::-1]
             return parsed
@@ -111,4 +111,6 @@ def _no_arguments(command: str, arg: str) -> None:
     if arg == "--":
         raise ConfigError(f"'vmm {command}' takes flags only; nothing may follow --.")
     hint = f" Did you mean --kernel {arg}?" if command in ("run", "doctor") else ""
+    if command == "run":
+        hint += " A command for the guest follows --."
     raise ConfigError(f"'vmm {command}' takes flags only, not '{arg}'.{hint}")

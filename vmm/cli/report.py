@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
+from vmm.cli import complain
 from vmm.values import format_size
 
 TYPE_CHECKING = False
@@ -9,6 +12,13 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmm.config import MachineConfig
+    from vmm.machine import Machine
+    from vmm.result import RunResult
+
+#: How much of a console that was not on the screen is printed after a failure.
+CONSOLE_LINES = 50
+#: Reasons after which the guest did not end as it should.
+FAILURES = ("panic", "watchdog", "lost", "timeout")
 
 
 def dry_run(config: MachineConfig, accel: str, form: str) -> str:
@@ -73,6 +83,21 @@ def _table(title: str, rows: list[dict[str, Any]], last: str) -> list[str]:
         where = f"{base:#014x}-{base + size - 1:#014x}  " if size else ""
         lines.append(f"  {bus}{where}{row.get(last, '')}{more}")
     return lines
+
+
+def explain(machine: Machine, result: RunResult, *, on_screen: bool) -> None:
+    """On stderr: what is known of a guest that ended badly, or of any when it is asked for.
+    ``on_screen``: its console was there already."""
+    # A transport says what its device says: once is enough.
+    for sentence in dict.fromkeys(device.unclaimed() for device in machine.devices):
+        if sentence:
+            complain(sentence)
+    if result.diagnosis:
+        print(result.diagnosis, file=sys.stderr)
+    if result.reason in FAILURES and result.console and not on_screen:
+        lines = result.console.splitlines()[-CONSOLE_LINES:]
+        complain(f"the console's last {len(lines)} lines:")
+        print("\n".join(lines), file=sys.stderr)
 
 
 def exits(counts: list[tuple[str, int, bool, int, int]]) -> str:

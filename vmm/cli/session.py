@@ -8,6 +8,7 @@ import threading
 
 from vmm.chario import HELP, QUIT
 from vmm.cli import complain
+from vmm.cli.report import FAILURES
 from vmm.machine import Machine
 from vmm.terminal import Terminal
 
@@ -25,10 +26,6 @@ else:
     # The C half is all that is needed; the other one imports enum.
     import _signal as signal
 
-#: How much of a console that was not on the screen is printed after a failure.
-CONSOLE_LINES = 50
-#: Reasons after which the guest did not end as it should.
-FAILURES = ("panic", "watchdog", "lost", "timeout")
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 KEYS = "Ctrl-A x ends the machine, Ctrl-A h shows what else Ctrl-A does"
 HELP_TEXT = (
@@ -236,21 +233,11 @@ class Session:
         if not self.verbose and (failed or (result.reason == "reset" and not self.quiet)):
             complain(result.message)
         if failed or self.verbose:
-            self._explain(result)
+            from vmm.cli.report import explain
+
+            explain(self.machine, result, on_screen=self._main_on_screen())
         # A payload's own status may be wider than what a process can show.
         return result.status & 0xFF
-
-    def _explain(self, result: RunResult) -> None:
-        # A transport says what its device says: once is enough.
-        for sentence in dict.fromkeys(device.unclaimed() for device in self.machine.devices):
-            if sentence:
-                complain(sentence)
-        if result.diagnosis:
-            print(result.diagnosis, file=sys.stderr)
-        if result.reason in FAILURES and result.console and not self._main_on_screen():
-            lines = result.console.splitlines()[-CONSOLE_LINES:]
-            complain(f"the console's last {len(lines)} lines:")
-            print("\n".join(lines), file=sys.stderr)
 
     def _main_on_screen(self) -> bool:
         return bool(self._consoles) and self._consoles[-1].target == "stdio"
