@@ -159,3 +159,23 @@ class VhostDevice(VirtioDevice):
             self._relay.close()
             self._relay = None
         self.close_threads()
+
+
+def in_order(memory: GuestMemory, queue: QueueConfig) -> bool:
+    """Whether the heads in the used ring of a split queue are those that came first in the
+    available ring: then what is left of that is what was not finished. As much of both as is there
+    is compared; what a driver wrote there can do no more than make the answer wrong for itself."""
+    from collections import Counter
+
+    size = queue.size
+    used = memory.read_int(queue.device + 2, 2)
+    left = (memory.read_int(queue.driver + 2, 2) - used) & 0xFFFF
+    if left > size:
+        return False
+    avail: Counter[int] = Counter()
+    done: Counter[int] = Counter()
+    for back in range(1, size - left + 1):
+        slot = (used - back) % size
+        avail[memory.read_int(queue.driver + 4 + 2 * slot, 2)] += 1
+        done[memory.read_int(queue.device + 4 + 8 * slot, 4)] += 1
+    return left == 0 or avail == done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import struct
 import time
 
@@ -213,13 +214,10 @@ class FrontEnd:
         areas = (USER_BASE + at for at in (queue.desc, queue.device, queue.driver))
         tell(wire.SET_VRING_ADDR, _ADDR.pack(index, 0, *areas, 0))
         tell(wire.SET_VRING_CALL, wire.U64.pack(index), [ring.call])
+        _kick(ring.kick)
         tell(wire.SET_VRING_KICK, wire.U64.pack(index), [ring.kick])
         if self.features >> F_PROTOCOL & 1:
             tell(wire.SET_VRING_ENABLE, wire.STATE.pack(index, int(ring.on)))
-        try:
-            os.eventfd_write(ring.kick, 1)  # what came before it looked; some start by it
-        except BlockingIOError:
-            return  # it made the count as large as can be: kicked enough
 
     def enable(self, rings: dict[int, bool]) -> None:
         """Which of the started rings are in use; of the others nothing comes."""
@@ -302,3 +300,15 @@ class FrontEnd:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
+
+
+def _kick(fd: int) -> None:
+    """There may be something in the ring already, and some start by a kick. Before a back end has
+    the descriptor: it could have made it blocking, and full; so could the one before it."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    try:
+        if poll.poll(0):
+            os.eventfd_write(fd, 1)
+    except BlockingIOError:
+        return  # full: kicked enough

@@ -19,7 +19,7 @@ from vmm.devices.virtio.device import (
     F_RING_PACKED,
     F_RING_RESET,
 )
-from vmm.devices.virtio.vhost import VhostDevice
+from vmm.devices.virtio.vhost import VhostDevice, in_order
 from vmm.devices.virtio.vhost_front import P_CONFIG, P_INFLIGHT, FrontEnd, Inflight, Ring
 from vmm.devices.virtio.vhost_wire import VhostError
 from vmm.errors import ConfigError
@@ -69,6 +69,8 @@ class VhostUserDevice(VhostDevice):
         self._lock = threading.RLock()  # all that follows; held while the back end is spoken to
         self._running = False
         self._stale = False
+        #: A back end has had the queues since the driver enabled them.
+        self._handed = False
         self._closing = False
         self._failed = ""
         self._next_try = 0.0
@@ -146,11 +148,14 @@ class VhostUserDevice(VhostDevice):
     def begin(self) -> None:
         with self._lock:
             try:
-                if self._front is None:
-                    self._front = self._again()
-                self._go(dict.fromkeys(self.queues, self.first_base()))
+                self._handed = False
+                if self._front is None and not self.reconnect:
+                    self._install(*self._again())
+                if self._front is not None:
+                    self._go(dict.fromkeys(self.queues, self.first_base()))
             except VhostError as e:
                 self._lost(str(e))
+            self._poke()  # without a back end it is looked for
             if self._stale and self._irqs is not None:
                 self._stale = False
                 self._irqs.config_changed()
@@ -216,6 +221,7 @@ class VhostUserDevice(VhostDevice):
             self._inflight = self._front.inflight(len(self.QUEUE_SIZES), max(self.QUEUE_SIZES))
         rings = {index: self._ring(index, base) for index, base in bases.items()}
         features = self.features & ~self.OWN_BITS
+        self._handed = True
         self._front.start(features, self._memory, rings, self._inflight)
         self._running = True
 
@@ -243,8 +249,14 @@ class VhostUserDevice(VhostDevice):
         if self.on_news is not None:
             self.on_news(f"{self.name}: {what}")
 
-    def _again(self) -> FrontEnd:
-        """A new back end, which must be able to take the old one's place."""
+    def _install(self, front: FrontEnd, config: bytes) -> None:
+        self._front = front
+        self.connections += 1
+        self._set_config(config)
+
+    def _again(self) -> tuple[FrontEnd, bytes]:
+        """A new back end, which must be able to take the old one's place, and its configuration
+        space. Needs no lock."""
         front = self._connect()
         try:
             missing = self.host_features() & ~self.OWN_BITS & ~front.features
@@ -259,9 +271,7 @@ class VhostUserDevice(VhostDevice):
         except BaseException:
             front.close()
             raise
-        self._set_config(config)
-        self.connections += 1
-        return front
+        return front, config
 
     def _set_config(self, config: bytes) -> None:
         if config == self.config:
@@ -315,8 +325,9 @@ class VhostUserDevice(VhostDevice):
                 # Another thread may have met its end first.
                 if front is not None and front is self._front:
                     self._look_at(front, ready.get(sock, 0), channel in ready)
-                if self._front is None and self.reconnect and not self._failed:
-                    self._try()
+                look = self._front is None and self.reconnect and not self._failed
+            if look:
+                self._try()
 
     def _use(self) -> None:
         if self._running and self._front is not None:
@@ -340,17 +351,22 @@ class VhostUserDevice(VhostDevice):
             return
         self._next_try = time.monotonic() + self.reconnect
         try:
-            self._front = self._again()
+            front, config = self._again()
         except VhostError:
             return
-        try:
-            if self._active:
-                self._resume()
-        except VhostError as e:
-            self._lost(str(e))
-            return
-        if not self._failed:
-            self._say(f"vhost-user back end {self.path} is back")
+        with self._lock:
+            if self._ending():
+                front.close()
+                return
+            self._install(front, config)
+            try:
+                if self._active:
+                    self._resume()
+            except VhostError as e:
+                self._lost(str(e))
+                return
+            if not self._failed:
+                self._say(f"vhost-user back end {self.path} is back")
 
     def _resume(self) -> None:
         bases = {}
@@ -371,6 +387,8 @@ class VhostUserDevice(VhostDevice):
     def _left_off(self, queue: QueueConfig) -> int | None:
         """Where a back end died in the available ring, by what RAM tells; None if it does not."""
         assert self._memory is not None and self._front is not None
+        if not self._handed:
+            return self.first_base()
         if self.features >> F_RING_PACKED & 1:
             return None
         tracked = self._inflight is not None and self._front.has(P_INFLIGHT)
@@ -402,23 +420,3 @@ class VhostUserDevice(VhostDevice):
         if self._wake >= 0:
             os.close(self._wake)
             self._wake = -1
-
-
-def in_order(memory: GuestMemory, queue: QueueConfig) -> bool:
-    """Whether the heads in the used ring of a split queue are those that came first in the
-    available ring: then what is left of that is what was not finished. As much of both as is there
-    is compared; what a driver wrote there can do no more than make the answer wrong for itself."""
-    from collections import Counter
-
-    size = queue.size
-    used = memory.read_int(queue.device + 2, 2)
-    left = (memory.read_int(queue.driver + 2, 2) - used) & 0xFFFF
-    if left > size:
-        return False
-    avail: Counter[int] = Counter()
-    done: Counter[int] = Counter()
-    for back in range(1, size - left + 1):
-        slot = (used - back) % size
-        avail[memory.read_int(queue.driver + 4 + 2 * slot, 2)] += 1
-        done[memory.read_int(queue.device + 4 + 8 * slot, 4)] += 1
-    return left == 0 or avail == done
