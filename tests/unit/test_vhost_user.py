@@ -15,6 +15,7 @@ from tests import vhost_backend
 from tests.support.waiting import wait_for
 from tests.vhost_backend import BackEnd, reply
 from tests.virtio_rig import TRANSPORTS, Rig
+from vmm import Machine, MachineConfig
 from vmm.devices.virtio import vhost_wire as wire
 from vmm.devices.virtio.queue import Chain
 from vmm.devices.virtio.vhost_front import FrontEnd
@@ -262,6 +263,19 @@ def test_a_new_back_end_finishes_what_the_old_one_left(
     wait_for(lambda: [line.rpartition(" ")[2] for line in news] == ["connection", "back"])
 
 
+def test_what_was_finished_but_not_told_is_told(make: Make) -> None:
+    rig, back = make(device_reconnect=0.1)
+    rig.driver.start()
+    queue = rig.driver.queues[0]
+    back._interrupt = lambda index: None  # type: ignore[method-assign]
+    queue.add([b"12"], [2])
+    queue.kick()
+    assert queue.wait()[2] == b"21"
+    assert not rig.regs.interrupts() & 1
+    back.die()
+    rig.until(lambda: bool(rig.regs.interrupts() & 1), "an interrupt")
+
+
 def out_of_order(rig: Rig, back: BackEnd) -> None:
     """Three requests, the second is finished, and the back end dies."""
     rig.driver.start()
@@ -332,6 +346,23 @@ def test_a_driver_may_come_before_the_back_end_is_back(make: Make) -> None:
 def test_nobody_listens(path: str) -> None:
     with pytest.raises(VhostError, match=r"cannot connect to .*No such file.*start the back end"):
         VhostUser(path, KIND)
+
+
+def test_a_machine_shares_its_memory_by_itself(path: str) -> None:
+    for options, shared in (({"vhost_user": f"{path},id=4"}, True), ({}, False)):
+        memory = Machine(kernel="x", memory="16M", **options)._build_memory()
+        assert (memory.fd >= 0) == shared
+        memory.close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "id=4", "s,id=0", "s,id=64", "s,id=4,queues=0", "s,id=4,queue-size=3",
+     "s,id=4,config-size=257", "s,id=4,reconnect=0.01", "s,id=4,reconnect=-1", "s"],
+)  # fmt: skip
+def test_options_that_are_wrong(text: str) -> None:
+    with pytest.raises(ConfigError):
+        MachineConfig(vhost_user=text)
 
 
 def test_private_memory(stack: ExitStack, path: str) -> None:

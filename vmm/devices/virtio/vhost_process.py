@@ -383,6 +383,9 @@ class VhostUserDevice(VhostDevice):
                 return
             bases[index] = base
         self._go(bases)
+        if self._irqs is not None:
+            for index in bases:  # of what it finished, the old one may not have told the driver
+                self._irqs.notify(index)
 
     def _left_off(self, queue: QueueConfig) -> int | None:
         """Where a back end died in the available ring, by what RAM tells; None if it does not."""
