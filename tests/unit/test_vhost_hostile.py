@@ -168,6 +168,17 @@ def test_it_refuses(back: BackEnd) -> None:
         assert "refused SET_MEM_TABLE" in said
 
 
+def test_it_refuses_what_a_driver_writes(back: BackEnd) -> None:
+    with ExitStack() as stack:
+        rig = Rig(device(back), "pci", backing="memfd")
+        stack.callback(rig.close)
+        rig.driver.start()
+        back.lies[wire.SET_CONFIG] = lambda body: reply(wire.SET_CONFIG, bytes([1] * 8))
+        rig.regs.set_config(4, 1, 99)
+        assert rig.regs.config(4, 1) == 4
+        assert rig.driver.queues[0].request([b"12"], [2]) == (2, b"21")
+
+
 def test_answers_come_a_byte_at_a_time(back: BackEnd) -> None:
     """Whoever dribbles is late, however often something comes."""
 

@@ -145,9 +145,14 @@ class FrontEnd:
         return got[_CONFIG.size :]
 
     def write_config(self, offset: int, data: bytes) -> None:
-        if self.has(P_CONFIG):
-            self.wire.limit(self.timeout)
+        """A driver's write, which the back end may ignore."""
+        if not self.has(P_CONFIG):
+            return
+        self.wire.limit(self.timeout)
+        try:
             self.wire.tell(wire.SET_CONFIG, _CONFIG.pack(offset, len(data), 0) + data)
+        except wire.Refused:
+            return  # it is the driver's to know what can be written
 
     # ---- rings ---------------------------------------------------------------------------------
 

@@ -65,6 +65,10 @@ class VhostError(HostError):
     """The back end is gone, late, or said what it must not. The connection is of no use any more."""
 
 
+class Refused(VhostError):
+    """It answered as it should, and said no."""
+
+
 class Connection:
     """A connected stream socket to a back end; takes it over. One thread at a time.
 
@@ -124,7 +128,7 @@ class Connection:
         if len(got) != 8 or more:
             raise self.fail(f"it did not acknowledge {NAMES[request]} as it must")
         if any(got):
-            raise self.fail(f"it refused {NAMES[request]} ({U64.unpack(got)[0]})")
+            raise Refused(f"{self.label}: it refused {NAMES[request]} ({U64.unpack(got)[0]})")
 
     # ---- bytes ---------------------------------------------------------------------------------
 
