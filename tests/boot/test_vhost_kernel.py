@@ -1,10 +1,12 @@
-"""Linux on devices that the host's kernel serves: vhost-vsock."""
+"""Linux on devices that the host's kernel serves: vhost-vsock and vhost-net."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import socket
+import struct
 import threading
 import time
 
@@ -13,6 +15,11 @@ import pytest
 from guests.initramfs import VIRTIO_MODULES, build, kernel_tree
 from guests.tools import archive
 from tests.boot.conftest import UP, Boot
+from tests.conftest import count_boot
+from tests.linux import BOOT_TIMEOUT
+from vmm import Machine
+from vmm.devices.virtio.net import Net
+from vmm.devices.virtio.vhost_net import VhostNet
 
 SIZE = 1 << 20
 
@@ -96,3 +103,81 @@ def test_sockets(boot: Boot, transport: str) -> None:
     assert booted.value("answer") == booted.value("sent") == host.digest, booted.report()
     assert booted.value("got") == hashlib.sha256(host.data).hexdigest()
     assert host.reply.decode() == host.digest
+
+
+CARD = f"""\
+echo "{UP}"
+ip link set eth0 up
+ip addr add 192.168.77.2/24 dev eth0
+echo "address=set"
+for i in 1 2 3 4 5; do
+  ping -c 1 -W 2 192.168.77.1 > /tmp/ping && echo "ping=ok" && break
+done
+nc 192.168.77.1 7777 < /dev/null > /tmp/data
+echo "sum=$(sha256sum /tmp/data | cut -d' ' -f1)"
+poweroff -f
+"""
+
+
+def give_address(name: str) -> None:
+    """192.168.77.1/24 to an interface of this host: SIOCSIFADDR, SIOCSIFNETMASK."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        for request, address in ((0x8916, "192.168.77.1"), (0x891C, "255.255.255.0")):
+            there = struct.pack("=HH4s8x", socket.AF_INET, 0, socket.inet_aton(address))
+            fcntl.ioctl(s, request, struct.pack("16s24s", name.encode(), there))
+
+
+class Server(threading.Thread):
+    """Gives ``data`` to the first who connects to 192.168.77.1, port 7777."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(daemon=True)
+        self.data = data
+        self.socket = socket.create_server(("192.168.77.1", 7777))
+        self.start()
+
+    def run(self) -> None:
+        try:
+            peer, _ = self.socket.accept()
+        except OSError:
+            return
+        with peer:
+            peer.sendall(self.data)
+
+    def close(self) -> None:
+        self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+        self.join(10)
+
+
+@transports
+def test_card(kernel: str, transport: str) -> None:
+    need("/dev/vhost-net")
+    need("/dev/net/tun")
+    data = os.urandom(SIZE)
+    modules = (*VIRTIO_MODULES, "virtio_net")
+    machine = Machine(
+        kernel=kernel,
+        initrds=[str(build(CARD, kernel_tree(), modules=modules))],
+        append="quiet",
+        memory="256M",
+        net="tap,ifname=vmmtest0,vhost=on",
+        transport=transport,
+        timeout=BOOT_TIMEOUT,
+    )
+    with machine as vm:
+        (card,) = (d for d in vm.devices if isinstance(d, Net))
+        assert isinstance(card, VhostNet)
+        give_address("vmmtest0")  # long before a guest is up
+        server = Server(data)
+        try:
+            result = vm.wait()
+        finally:
+            server.close()
+        assert UP in result.console
+        count_boot()
+        assert result.reason == "poweroff", result.console
+        assert "ping=ok" in result.console
+        assert f"sum={hashlib.sha256(data).hexdigest()}" in result.console, result.console
+        assert card.stats()["rx_frames"] == 0  # nothing of it was seen here
+        assert card.stats()["commands"] > 0

@@ -15,7 +15,7 @@ from vmm.errors import ConfigError, HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Self
+    from typing import Any
 
     from vmm.board import Board
     from vmm.chario import Sink, Stream
@@ -102,7 +102,7 @@ class Net(VirtioDevice):
         self.config[:] = _CONFIG.pack(self.mac, S_LINK_UP if backend.fds else 0, pairs, self.mtu)
 
     @classmethod
-    def from_options(cls, options: Options, board: Board) -> Self:
+    def from_options(cls, options: Options, board: Board) -> Net:
         from vmm.devices.virtio import net_backend
 
         index = sum(isinstance(device, Net) for device in board.virtio)
@@ -115,7 +115,7 @@ class Net(VirtioDevice):
         limits = {
             name: limit for name in LIMITS if (limit := getattr(options, name.replace("_", "-")))
         }
-        return cls(
+        return cls._kind(options, bool(limits or options.pcap))(
             net_backend.make(options),
             mac=options.mac or b"",
             mtu=options.mtu,
@@ -124,6 +124,22 @@ class Net(VirtioDevice):
             limits=limits,
             index=index,
         )
+
+    @classmethod
+    def _kind(cls, options: Options, looks: bool) -> type[Net]:
+        """The class for ``vhost=``; ``looks``: at the frames."""
+        if options.vhost == "on" and looks:
+            raise ConfigError(
+                f"--net {options}: with vhost=on the kernel moves the frames; no dump and no limits."
+            )
+        wanted = options.vhost == "on" or (
+            options.vhost == "auto" and not looks and os.access("/dev/vhost-net", os.R_OK | os.W_OK)
+        )
+        if options.backend != "tap" or not wanted:
+            return cls
+        from vmm.devices.virtio.vhost_net import VhostNet
+
+        return VhostNet
 
     @property
     def pairs(self) -> int:

@@ -123,6 +123,12 @@ OPTIONS = (
         metavar="NAME",
     ),
     Field("script", "tap: no script is ever run", parse_text, choices=("no",), metavar="no"),
+    Field(
+        "vhost",
+        "tap: whether the host's kernel moves the frames (/dev/vhost-net); auto: if it can",
+        choices=("on", "off", "auto"),
+        default="off",
+    ),
     Field("queues", "tap: pairs of queues, up to 16", parse_count, metavar="N", default=1),
     Field(
         "path", "socket: a Unix socket that frames pass through", parse_path, path=True
@@ -140,7 +146,7 @@ OPTIONS = (
 #: Which options a backend has beside those of every card.
 OF_BACKEND = {
     "user": {"forward"},
-    "tap": {"ifname", "script", "queues"},
+    "tap": {"ifname", "script", "vhost", "queues"},
     "socket": {"path", "server"},
     "fd": {"fd"},
     "none": set[str](),
