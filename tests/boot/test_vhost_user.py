@@ -13,6 +13,11 @@ import pytest
 from guests.initramfs import VIRTIO_MODULES, build, kernel_tree
 from tests.back_ends import file_daemon, storage_daemon
 from tests.boot.conftest import UP, Boot
+from tests.conftest import count_boot
+from tests.linux import BOOT_TIMEOUT
+from tests.support.waiting import wait_for
+from vmm import Machine
+from vmm.devices.virtio.vhost_user_blk import VhostUserBlk
 from vmm.guest.modules import ModuleTree
 
 MIB = 1 << 20
@@ -97,3 +102,44 @@ def test_directory(
     assert len(new) == 2 * MIB
     assert hashlib.sha256(new).hexdigest() == booted.value("new")
     assert (shared / "moved" / "file").read_text() == "text\n"
+
+
+AGAIN = f"""\
+echo "{UP}"
+dd if=/dev/vda iflag=direct bs=4k of=/dev/null count=1 2>/dev/null || echo "direct=no"
+echo "vmm-guest: go"
+for i in 1 2 3; do
+  echo "sum$i=$(dd if=/dev/vda iflag=direct bs=128k 2>/dev/null | sha256sum | cut -d' ' -f1)"
+done
+poweroff -f
+"""
+
+
+@transports
+def test_disk_goes_on_when_its_server_is_killed(kernel: str, image: Path, transport: str) -> None:
+    """The guest reads; its disk's server is killed, and another one started."""
+    sum_of = hashlib.sha256(image.read_bytes()).hexdigest()
+    with (
+        storage_daemon(image) as daemon,
+        Machine(
+            kernel=kernel,
+            initrds=[str(build(AGAIN, kernel_tree()))],
+            append="quiet",
+            memory="256M",
+            vhost_user_blk=f"{daemon.path},reconnect=0.2",
+            transport=transport,
+            timeout=BOOT_TIMEOUT,
+        ) as vm,
+    ):
+        vm.console.expect("vmm-guest: go", timeout=BOOT_TIMEOUT)
+        count_boot()
+        device = next(d for d in vm.devices if isinstance(d, VhostUserBlk))
+        daemon.kill()
+        wait_for(lambda: not device.connected)
+        daemon.start()
+        result = vm.wait()
+    assert result.reason == "poweroff", result.console
+    assert "direct=no" not in result.console
+    for nr in (1, 2, 3):
+        assert f"sum{nr}={sum_of}" in result.console
+    assert device.connections == 2
