@@ -64,6 +64,10 @@ class UserCard(Card):
         self.pid = self.user._pid
         super().__init__(backend=self.user)
         self.driver.start()
+        # As Linux has it: what is for it, for all, and for the groups it is in.
+        groups = bytes.fromhex("333300000001 01005e000001")
+        assert self.command(0, 0, b"\0") == 0
+        assert self.command(1, 0, struct.pack("<II", 0, 2) + groups) == 0
         self.offer(70000, count=20)
 
     def until_frame(self, true: Any) -> bytes:
