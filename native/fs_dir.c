@@ -37,7 +37,7 @@ FS_HANDLER(opendir)
 		fd = rc;
 	}
 	if (rc >= 0)
-		rc = fs_handle_add(fs, inode, fd, true, false, &out.fh);
+		rc = fs_handle_add(fs, inode, fd, O_DIRECTORY, &out.fh);
 	if (!rc && fs->config.cache == VMM_FS_ALWAYS)
 		out.open_flags = FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR;
 	if (!rc) {

@@ -34,7 +34,7 @@ static const struct {
 	[FUSE_LINK] = { fs_do_link, CHANGES },
 	[FUSE_OPEN] = { fs_do_open, 0 },
 	[FUSE_READ] = { fs_do_read, 0 },
-	[FUSE_WRITE] = { fs_do_write, CHANGES | SLOW },
+	[FUSE_WRITE] = { fs_do_write, CHANGES },
 	[FUSE_STATFS] = { fs_do_statfs, 0 },
 	[FUSE_RELEASE] = { fs_do_release, 0 },
 	[FUSE_FSYNC] = { fs_do_fsync, SLOW },

@@ -3,11 +3,11 @@
 #include "fs_impl.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <unistd.h>
 
-int fs_handle_add(struct vmm_fs *fs, struct fs_inode *inode, int fd, bool dir, bool append,
-		  uint64_t *fh)
+int fs_handle_add(struct vmm_fs *fs, struct fs_inode *inode, int fd, int flags, uint64_t *fh)
 {
 	struct fs_handle *h = calloc(1, sizeof(*h));
 	int rc = h ? 0 : -ENOMEM;
@@ -16,8 +16,9 @@ int fs_handle_add(struct vmm_fs *fs, struct fs_inode *inode, int fd, bool dir, b
 		pthread_mutex_init(&h->lock, NULL);
 		h->inode = inode;
 		h->fd = fd;
-		h->dir = dir;
-		h->append = append;
+		h->dir = flags & O_DIRECTORY;
+		h->append = flags & O_APPEND;
+		h->sync = flags & (O_SYNC | O_DSYNC);
 		pthread_mutex_lock(&fs->lock);
 		h->fh = fs_slots_add(&fs->handles, h);
 		if (h->fh) {

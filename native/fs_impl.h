@@ -20,6 +20,8 @@ struct statx;
 #define FS_WORKERS 8
 #define FS_MAX_WRITE (1 << 20)
 #define FS_MAX_PAGES 256
+/* A write up to this into the host's cache is quicker done than handed to a worker. */
+#define FS_SMALL_WRITE 16384
 
 /* Numbers that come as pointers' stead: an index, and how often it was given out before. */
 struct fs_slot {
@@ -80,7 +82,7 @@ struct fs_handle {
 	struct fs_inode *inode;
 	int fd; /* -1: a hidden directory */
 	uint32_t users;
-	bool dead, append, dir;
+	bool dead, append, sync, dir;
 	pthread_mutex_t lock; /* what follows: a directory's entries, read ahead */
 	uint8_t *entries;
 	uint32_t at, end;
@@ -247,9 +249,9 @@ void fs_entry_of(const struct vmm_fs *fs, const struct fs_inode *inode, const st
 void fs_kill_suid(struct vmm_fs *fs, int fd);
 
 /* ---- fs_handle.c */
-/* A number for an open descriptor, which is taken whatever happens. 0 or -errno. */
-int fs_handle_add(struct vmm_fs *fs, struct fs_inode *inode, int fd, bool dir, bool append,
-		  uint64_t *fh);
+/* A number for a descriptor opened with these flags (O_DIRECTORY: a directory), which is taken
+ * whatever happens. 0 or -errno. */
+int fs_handle_add(struct vmm_fs *fs, struct fs_inode *inode, int fd, int flags, uint64_t *fh);
 struct fs_handle *fs_handle_get(struct vmm_fs *fs, uint64_t fh, bool dir);
 void fs_handle_put(struct vmm_fs *fs, struct fs_handle *h);
 int fs_handle_close(struct vmm_fs *fs, uint64_t fh, bool dir);

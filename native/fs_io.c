@@ -111,6 +111,11 @@ FS_HANDLER(write)
 	h = fs_handle_get(fs, in.fh, false);
 	if (!h)
 		return -EBADF;
+	if (!r->worker && (in.size > FS_SMALL_WRITE || h->sync)) {
+		fs_handle_put(fs, h);
+		r->at = sizeof(struct fuse_in_header);
+		return FS_TO_WORKER;
+	}
 	fd = h->fd;
 	if (h->append && in.write_flags & FUSE_WRITE_CACHE)
 		fd = own = write_back_fd(fs, h);

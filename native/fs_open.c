@@ -77,7 +77,7 @@ static int opened(struct vmm_fs *fs, struct fs_request *r, struct fs_inode *inod
 	if (flags & O_TRUNC && open_flags & FUSE_OPEN_KILL_SUIDGID)
 		fs_kill_suid(fs, fd);
 	out.open_flags = cache_flags(fs, inode, fd);
-	rc = fs_handle_add(fs, inode, fd, false, flags & O_APPEND, &out.fh);
+	rc = fs_handle_add(fs, inode, fd, flags, &out.fh);
 	if (rc)
 		return rc;
 	rc = fs_put(r, &out, sizeof(out));
