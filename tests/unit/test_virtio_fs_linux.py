@@ -10,6 +10,7 @@ import pytest
 
 from guests.tools import program
 from tests import fuse_mount
+from vmm.devices.virtio import fs
 
 pytestmark = [
     pytest.mark.skipif(not fuse_mount.possible(), reason="needs root and /dev/fuse"),
@@ -34,6 +35,19 @@ def test_what_a_file_system_does(
     share, mnt = tmp_path / "share", tmp_path / "mnt"
     share.mkdir()
     mnt.mkdir()
+    run(share, mnt, groups, options)
+
+
+def test_with_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few that what is known has to be opened again all the time."""
+    monkeypatch.setattr(fs, "_descriptors", lambda: 64)
+    share, mnt = tmp_path / "share", tmp_path / "mnt"
+    share.mkdir()
+    mnt.mkdir()
+    run(share, mnt, ("names", "renames", "listings", "times"), {})
+
+
+def run(share: Path, mnt: Path, groups: tuple[str, ...], options: dict[str, str]) -> None:
     with fuse_mount.mounted(share, mnt, **options) as client:
         done = subprocess.run(
             [program("fstest"), mnt, *groups], stdout=subprocess.PIPE, text=True, check=False

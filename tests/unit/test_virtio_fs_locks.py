@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
+import platform
+import stat
 import struct
 import subprocess
 import sys
@@ -20,6 +23,7 @@ from tests.fuse_client import (
     GID,
     INTERRUPT,
     LOCK,
+    MODE,
     ROOT,
     SETLK,
     SETLKW,
@@ -171,6 +175,24 @@ def test_root_passes_users_on(share: Path) -> None:
     fs.close()
 
 
+def apart(share: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, which loads all it needs before it does what cannot be undone."""
+    head = "import os, resource; from pathlib import Path; "
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"{head}from tests.unit import {__name__.split('.')[-1]} as t; {code}",
+        ],
+        cwd=share,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
 def squashed(share: Path) -> None:
     plain = Fs(str(share))
     assert plain.uid == ("squash" if os.geteuid() else "pass")
@@ -200,20 +222,43 @@ def test_squash_as_an_ordinary_user(share: Path) -> None:
     """Ids are this process's, so that it needs another; one that reads what this one has loaded."""
     for path in (share, share / "file", share / "dir"):
         os.chown(path, 65534, 65534)
-    code = (
-        "import os, resource; from pathlib import Path;"
-        "from tests.unit import test_virtio_fs_locks as t;"
-        "os.setgroups([]); os.setgid(65534); os.setuid(65534);"
-        "t.squashed(Path('.'))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=share,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    become = "os.setgroups([]); os.setgid(65534); os.setuid(65534);"
+    done = apart(share, f"{become} t.squashed(Path('.'))")
     assert done.returncode == 0, done.stderr
     assert (share / "f").stat().st_uid == 65534
+
+
+# ---- a host that forbids unshare(2), as containers do ------------------------------------------
+
+
+def forbid_unshare() -> None:
+    """For good, in this process: a filter that answers EPERM."""
+    filters = ((0x20, 0, 0, 0), (0x15, 0, 1, 272), (6, 0, 0, 0x5_0001), (6, 0, 0, 0x7FFF_0000))
+    code = b"".join(struct.pack("<HBBI", *f) for f in filters)
+    buffer = ctypes.create_string_buffer(code)
+    program = struct.pack("<H6xQ", len(filters), ctypes.addressof(buffer))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0
+    assert libc.prctl(22, 2, program, 0, 0) == 0
+    assert libc.unshare(0x200) == -1
+
+
+def without_unshare(share: Path) -> None:
+    forbid_unshare()
+    os.umask(0o077)
+    fs = Client(share)
+    assert fs.mkdir("wide", 0o1777).attr.mode == stat.S_IFDIR | 0o1777
+    assert fs.create("open", 0o666)[0].attr.mode == stat.S_IFREG | 0o666
+    assert fs.mknod("pipe", stat.S_IFIFO | 0o622).attr.mode == stat.S_IFIFO | 0o622
+    node = fs.walk("file")
+    assert fs.setattr(node, MODE, mode=0o604).mode == stat.S_IFREG | 0o604
+    assert fs.link(node, "second").attr.nlink == 2
+    link = fs.link(fs.walk("link"), "another link")
+    assert link.attr.kind == stat.S_IFLNK
+    fs.close()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the filter knows one number")
+def test_a_host_without_unshare(share: Path) -> None:
+    done = apart(share, "t.without_unshare(Path('.'))")
+    assert done.returncode == 0, done.stderr
