@@ -264,6 +264,12 @@ def test_a_root_needs_no_kernel_named() -> None:
     MachineConfig(root="/").validate()
 
 
+@pytest.mark.parametrize("flag", ["--pwd=/", "--user=x", "--env=A=1"])
+def test_flags_of_a_command_need_one(flag: str) -> None:
+    with pytest.raises(ConfigError, match="is for a command in the guest"):
+        run.main(["-k", "x", flag])
+
+
 def test_words_are_no_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     config = MachineConfig(kernel="host", root="initrd", initrds=["x"])

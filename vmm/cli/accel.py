@@ -112,7 +112,7 @@ def writable_directories(config: MachineConfig) -> list[str]:
     files = [target for target in (config.serial, config.console) if target not in TARGETS]
     files += [disk.path for disk in config.disks if not disk.read_only]
     real = [os.path.realpath(path) for path in files]
-    folders = [path.partition(":")[0] for path in config.rwdirs]
+    folders = [text.rpartition(":")[0] or text for text in config.rwdirs]
     folders += [config.root] if config.rw and config.root else []
     # What is no regular file (/dev/null, a block device) is not written by its directory.
     found = {os.path.dirname(p) for p in real if os.path.isfile(p) or not os.path.exists(p)}
