@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 PAUSE_TIMEOUT_MS = 10_000
 #: After a kernel said it panics, how long it may go on printing why.
 PANIC_GRACE_S = 3.0
+#: Bytes that a command may write on one stream, by default.
+OUTPUT_LIMIT = 256 << 20
 PANIC_TEXT = (b"Kernel panic - not syncing",)
 
 
@@ -377,6 +379,7 @@ class Machine:
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         user: str | None = None,
+        limit: int = OUTPUT_LIMIT,
     ) -> RunResult:
         """A command in the guest of a machine that was started with a ``root``; without ``argv``
         start, wait, close.
@@ -387,7 +390,8 @@ class Machine:
         anything but status 0 raises CommandFailed, GuestPanic, GuestLost or GuestTimeout. All
         that the command started ends with it; files stay. ``input`` None is /dev/null.
 
-        Raises HostError when the guest cannot run it.
+        Raises HostError when the guest cannot run it, or it writes more than ``limit`` bytes on
+        one of its streams (its pipe then breaks).
         """
         if argv is None:
             try:
@@ -398,7 +402,7 @@ class Machine:
         from vmm.guest.command import Command
 
         command = Command(argv, env=env, cwd=cwd, user=user, place=os.getcwd())
-        result = self.agent.call(command, input, timeout)
+        result = self.agent.call(command, input, timeout, limit)
         return result.check() if check else result
 
     @property

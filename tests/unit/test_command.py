@@ -571,6 +571,18 @@ def test_an_init_that_gave_up(fake: FakeMachine, agent: Agent) -> None:
         agent.call(Command(["a"]), None, None)
 
 
+def test_output_has_a_limit(fake: FakeMachine, agent: Agent) -> None:
+    fake.ports["out"].far.send(b"12345")
+    player = fake.says(b"close out\n", b"exit 141 5 0 0\nready\n")
+    with pytest.raises(HostError, match="Cannot write the command's stdout: File too large"):
+        agent.call(Command(["a"]), None, None, 4)
+    player.join()
+    fake.ports["out"].far.send(b"1234")
+    player = fake.says(RUN, b"started\nexit 0 4 0 0\n")
+    assert agent.call(Command(["a"]), None, None, 4).stdout == b"1234"
+    player.join()
+
+
 def test_what_a_handler_raised_reaches_the_caller(fake: FakeMachine, agent: Agent) -> None:
     fake.end = ZeroDivisionError("in a device")
     fake.stop()

@@ -114,14 +114,24 @@ class Agent:
                 self._pump.again(job)
             return self._see_through(self._pump, signals is None)
 
-    def call(self, command: Command, input: bytes | None, timeout: float | None) -> RunResult:
-        """Run a command and collect what it writes. With ``input`` None stdin is /dev/null."""
+    def call(
+        self,
+        command: Command,
+        input: bytes | None,
+        timeout: float | None,
+        limit: int | None = None,
+    ) -> RunResult:
+        """Run a command and collect what it writes, up to ``limit`` bytes a stream. With
+        ``input`` None stdin is /dev/null."""
         started = time.monotonic()
         files = [os.memfd_create(f"vmm-{name}", os.MFD_CLOEXEC) for name in ("in", "out", "err")]
         try:
             _fill(files[0], input or b"")
             stdio = ["null" if input is None else "port", "port", "port"]
-            outputs = {"out": Output("out", files[1]), "err": Output("err", files[2])}
+            outputs = {
+                name: Output(name, fd, limit)
+                for name, fd in zip(("out", "err"), files[1:], strict=True)
+            }
             stdin = None if input is None else Input(files[0])
             try:
                 status, by_itself = self.carry(

@@ -24,14 +24,18 @@ POLL_WRITE = select.POLLOUT
 class Output:
     """From the guest's port to one of our descriptors. ``name`` is the stream's on the wire.
 
+    It takes ``room`` bytes (None: any number); more is an error, as on a full disk.
     ``taken`` counts what came out of the port. Once ``broken`` (nobody reads our descriptor any
     more, or a write failed for the reason ``error``) what comes is dropped.
     """
 
-    __slots__ = ("_limit", "_owned", "broken", "ended", "error", "fd", "name", "pending", "taken")
+    __slots__ = (
+        "_limit", "_owned", "broken", "ended", "error", "fd", "name", "pending", "room", "taken",
+    )  # fmt: skip
 
-    def __init__(self, name: str, fd: int) -> None:
+    def __init__(self, name: str, fd: int, room: int | None = None) -> None:
         self.name = name
+        self.room = room
         self.taken = 0
         self.pending = memoryview(b"")
         self.broken = False
@@ -75,6 +79,8 @@ class Output:
 
     def _write(self) -> None:
         try:
+            if self.room is not None and len(self.pending) > self.room:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
             count = os.write(self.fd, self.pending[: self._limit])
         except BlockingIOError:
             return
@@ -85,6 +91,8 @@ class Output:
                 self.error = error
             return
         self.pending = self.pending[count:]
+        if self.room is not None:
+            self.room -= count
 
 
 class Input:
