@@ -89,7 +89,8 @@ class GuestBoot:
         root, shares = _shares(config)
         modules = _modules(config, root, shares)
         kernel = guest_kernel(config.kernel, modules)
-        there = [name for name in modules if kernel.modules.has(name)]
+        wanted = [*modules, *(["virtio_rng"] if config.rng else [])]
+        there = [name for name in wanted if kernel.modules.has(name)]
         initramfs = Initramfs(kernel, there, private_dir("guest", "initramfs"))
         plan = _plan(config, initramfs, there, list(self.ports), root, shares)
         self._fd = initramfs.with_plan(plan)
