@@ -301,13 +301,12 @@ def test_a_terminal(kernel: str, initrd: str) -> None:
 
     try:
         until(b"# ")
-        os.write(master, b"stty size; echo $TERM; tty\r")
+        os.write(master, b"stty size; echo $TERM; readlink /proc/self/fd/0\r")
         until(b"33 99")
         until(b"vt100")
         until(b"/dev/pts/")
-        os.write(master, b"sleep 1000; echo after=$?\r")
-        until(b"sleep 1000")
-        time.sleep(1)
+        os.write(master, b"sh -c 'echo begun-$((1+1)); exec sleep 1000'; echo after=$?\r")
+        until(b"begun-2")
         os.write(master, b"\x03")
         until(b"after=130")
         os.write(master, b"exit 6\r")
