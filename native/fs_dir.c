@@ -10,8 +10,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* Entries read from the host at a time. */
-#define AHEAD 32768
+/* Entries read from the host at a time, kept while a directory is open. */
+#define AHEAD 8192
 
 struct entry { /* of getdents64(2) */
 	uint64_t ino;

@@ -16,7 +16,7 @@ struct statx;
 #define FS_NAME 256
 /* Directories above one another; more is no path that Linux could walk. */
 #define FS_DEPTH 4096
-#define FS_HANDLES 65536
+#define FS_HANDLES 16384
 #define FS_WORKERS 8
 #define FS_MAX_WRITE (1 << 20)
 #define FS_MAX_PAGES 256

@@ -201,6 +201,10 @@ int vmm_fs_pseudo(int fd)
 		0x6c6f6f70, /* binder */
 		0x7655821,  /* resctrl */
 		0x0187,	    /* autofs */
+		0x6e667364, /* nfsd */
+		0x9fa1,	    /* openprom */
+		0x9fa2,	    /* usbfs */
+		0x0a647361, /* functionfs */
 	};
 	struct statfs st;
 
