@@ -193,7 +193,7 @@ def test_answers_come_a_byte_at_a_time(back: BackEnd) -> None:
             time.sleep(0.1)
 
     back.lies[wire.GET_FEATURES] = dribble
-    with pytest.raises(VhostError, match="GET_FEATURES in time"):
+    with pytest.raises(VhostError, match="GET_FEATURES in time; does it serve another"):
         device(back, SOON)
 
 

@@ -215,7 +215,8 @@ class Connection:
         left = self._end - time.monotonic()
         self._poll.modify(self.sock.fileno(), events)
         if left <= 0 or not self._poll.poll(left * 1000):
-            raise self.fail(f"it did not answer {what} in time")
+            hint = "; does it serve another machine?" if what == NAMES[GET_FEATURES] else ""
+            raise self.fail(f"it did not answer {what} in time{hint}")
 
 
 def _close(fds: Sequence[int]) -> None:
