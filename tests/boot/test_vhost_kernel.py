@@ -109,7 +109,7 @@ CARD = f"""\
 echo "{UP}"
 ip link set eth0 up
 ip addr add 192.168.77.2/24 dev eth0
-echo "address=set"
+echo "pairs=$(ls /sys/class/net/eth0/queues | grep -c rx)"
 for i in 1 2 3 4 5; do
   ping -c 1 -W 2 192.168.77.1 > /tmp/ping && echo "ping=ok" && break
 done
@@ -150,8 +150,8 @@ class Server(threading.Thread):
         self.join(10)
 
 
-@transports
-def test_card(kernel: str, transport: str) -> None:
+@pytest.mark.parametrize(("transport", "pairs"), [("pci", 1), ("mmio", 1), ("pci", 2)])
+def test_card(kernel: str, transport: str, pairs: int) -> None:
     need("/dev/vhost-net")
     need("/dev/net/tun")
     data = os.urandom(SIZE)
@@ -161,7 +161,8 @@ def test_card(kernel: str, transport: str) -> None:
         initrds=[str(build(CARD, kernel_tree(), modules=modules))],
         append="quiet",
         memory="256M",
-        net="tap,ifname=vmmtest0,vhost=on",
+        net=f"tap,ifname=vmmtest0,vhost=on,queues={pairs}",
+        cpus=pairs,
         transport=transport,
         timeout=BOOT_TIMEOUT,
     )
@@ -177,6 +178,7 @@ def test_card(kernel: str, transport: str) -> None:
         assert UP in result.console
         count_boot()
         assert result.reason == "poweroff", result.console
+        assert f"pairs={pairs}" in result.console, result.console
         assert "ping=ok" in result.console
         assert f"sum={hashlib.sha256(data).hexdigest()}" in result.console, result.console
         assert card.stats()["rx_frames"] == 0  # nothing of it was seen here
