@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pty
-import select
 import shutil
 import signal
 import subprocess
@@ -273,48 +271,4 @@ def test_a_reader_that_goes_away(kernel: str, initrd: str) -> None:
         assert process.stdout.read(2) == b"y\n"
         process.stdout.close()
         assert process.wait(BOOT_TIMEOUT) in (141, 1)  # a shell that ignores SIGPIPE says 1
-    count_boot()
-
-
-def test_a_terminal(kernel: str, initrd: str) -> None:
-    """An interactive shell: size, Ctrl-C for its command, status, and the terminal as it was."""
-    master, slave = pty.openpty()
-    os.set_blocking(master, False)
-    import termios
-
-    termios.tcsetwinsize(slave, (33, 99))
-    before = termios.tcgetattr(slave)
-    process = subprocess.Popen(
-        argv(kernel, initrd), stdin=slave, stdout=slave, stderr=slave,
-        preexec_fn=lambda: (os.setsid(), __import__("fcntl").ioctl(0, termios.TIOCSCTTY, 0)),
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "vt100"},
-    )  # fmt: skip
-    said = b""
-
-    def until(text: bytes) -> None:
-        nonlocal said
-        limit = time.monotonic() + BOOT_TIMEOUT
-        while text not in said:
-            assert time.monotonic() < limit, said
-            if select.select([master], [], [], 1)[0]:
-                said += os.read(master, 65536)
-
-    try:
-        until(b"# ")
-        os.write(master, b"stty size; echo $TERM; readlink /proc/self/fd/0\r")
-        until(b"33 99")
-        until(b"vt100")
-        until(b"/dev/pts/")
-        os.write(master, b"sh -c 'echo begun-$((1+1)); exec sleep 1000'; echo after=$?\r")
-        until(b"begun-2")
-        os.write(master, b"\x03")
-        until(b"after=130")
-        os.write(master, b"exit 6\r")
-        assert process.wait(BOOT_TIMEOUT) == 6
-        assert termios.tcgetattr(slave) == before
-    finally:
-        process.kill()
-        process.wait()
-        os.close(master)
-        os.close(slave)
     count_boot()
