@@ -412,6 +412,23 @@ class Machine:
             raise VmmError("Only a machine that was started with a root takes commands.")
         return self._agent
 
+    @property
+    def result(self) -> RunResult | None:
+        """How the guest ended, as ``wait`` gave it; None before."""
+        return self._result
+
+    def diagnosis(self) -> str:
+        """Where the vCPUs are now: registers, the instruction, the last exits; or empty. Any
+        thread but a vCPU's."""
+        with self._looking:
+            if self._closed or not self._vcpus or self._native == ffi.NULL:
+                return ""
+            self.pause()
+            try:
+                return self._diagnose(None)
+            finally:
+                self.resume()
+
     def stop(self) -> None:
         """End the guest now, from any thread, more than once. ``wait`` then returns."""
         self._finish(End("stopped", 0, "The machine was stopped."))

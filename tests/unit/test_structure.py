@@ -21,6 +21,7 @@ ROOMS = [
     {"guest"},
     {"machine", "qtest"},
     {"nested"},
+    {"testing"},
     {"cli", "__main__", "__init__"},
 ]
 
