@@ -62,7 +62,7 @@ setup: $(BUILD)/native.stamp guests ## packages, virtual environment, C core, pa
 
 guests: $(BUILD)/native.stamp ## build the payload guests and the guest's init
 	@$(MAKE) --no-print-directory -C guests
-	@$(PY) -m vmm.nested.initbin
+	@$(PY) -m vmm.guest.initbin
 
 # ---- run ------------------------------------------------------------------------------------
 
