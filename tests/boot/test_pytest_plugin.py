@@ -17,7 +17,8 @@ def test_the_document_s_tests(tmp_path: Path) -> None:
     environment["PYTHONPATH"] = str(ROOT)
     plain = ["-p", "no:cacheprovider", "-p", "no:rerunfailures", "-p", "vmm.testing.plugin"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", *plain, "--junitxml=junit.xml", "-k", "panic or results"],
+        [sys.executable, "-m", "pytest", "-v", *plain, "--junitxml=junit.xml",
+         "-k", "panic or results"],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=110, check=False,
     )  # fmt: skip
     said = done.stdout + done.stderr
