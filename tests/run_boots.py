@@ -9,6 +9,8 @@ import compileall
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from guests.fetch import fetch
@@ -25,6 +27,8 @@ ATTEMPTS = 3
 #: Files with more boots than one emulated host should see: what -k chooses for each.
 SPLIT = {"tests/boot/test_matrix.py": ("bzimage", "elf", "pvh", "many")}
 
+_showing = threading.Lock()
+
 
 def main() -> int:
     # What the guests are made of is made here, where it is kept and where it is fast.
@@ -32,41 +36,56 @@ def main() -> int:
         fetch(what)
     chosen = [a for a in sys.argv[1:] if a.startswith("tests/")]
     flags = [a for a in sys.argv[1:] if a not in chosen]
-    files = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests/boot").glob("test_*.py"))
     # A run for each file, so that each begins in an emulated host that is as good as new.
-    parts = [chosen]
-    if not chosen:
-        parts = [[file] for file in files if file not in SPLIT]
-        parts += [[file, "-k", word] for file, words in SPLIT.items() for word in words]
+    parts = [chosen] if chosen else all_parts()
     compileall.compile_dir(ROOT / "vmm", quiet=1)
     emulated = not can_boot_linux()
+    memory, workers = share_of_memory()
     if emulated:
         print("vmm: this host's KVM cannot boot Linux; using an emulated host", flush=True)
-    worst = total = 0
-    for part in parts:
-        status, boots = run([*flags, *part])
-        for _ in range(ATTEMPTS - 1):
-            if not emulated or status != HOST_FAILED:
-                break
-            print(f"run_boots: the emulated host died; again: {' '.join(part)}", flush=True)
-            status, boots = run([*flags, *part])
-        worst, total = max(worst, abs(status)), total + boots
+    at_once = workers if emulated and len(parts) > 1 else 1
+    with ThreadPoolExecutor(at_once) as pool:
+        ends = list(pool.map(lambda part: see_through([*flags, *part], memory, at_once > 1), parts))
+    total = sum(boots for _, boots in ends)
     print(f"Linux boots in all: {total}")
     if not total:
         print("run_boots: no Linux booted")
-    return worst or int(not total)
+    return max(abs(status) for status, _ in ends) or int(not total)
 
 
-def host_memory() -> str:
-    """Of the emulated host. The largest guest has 5 GiB and huge pages, what tests write is in
-    memory too, and a host that is short of memory reads its programs again and again."""
+def all_parts() -> list[list[str]]:
+    """What pytest gets for each run; those that take long first, so that none is left alone."""
+    files = sorted((ROOT / "tests/boot").glob("test_*.py"), key=lambda p: -p.stat().st_size)
+    names = [str(path.relative_to(ROOT)) for path in files]
+    parts = [[file, "-k", word] for file, words in SPLIT.items() for word in words]
+    return parts + [[name] for name in names if name not in SPLIT]
+
+
+def share_of_memory() -> tuple[str, int]:
+    """Of an emulated host, and how many there may be at once. The largest guest has 5 GiB and huge
+    pages, what tests write is in memory too, and a host that is short of memory reads its programs
+    again and again."""
     lines = Path("/proc/meminfo").read_text().splitlines()
-    free_kb = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    return "10G" if free_kb > 13 * GIB_KB else "6G"
+    free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / GIB_KB
+    if free > 20 and len(os.sched_getaffinity(0)) > 1:
+        return "10G", 2
+    return ("10G" if free > 13 else "6G"), 1
 
 
-def run(arguments: list[str]) -> tuple[int, int]:
-    """pytest with these arguments, where Linux boots: its status, and how many guests did."""
+def see_through(arguments: list[str], memory: str, quiet: bool) -> tuple[int, int]:
+    """As ``run``, again where the emulated host died."""
+    status, boots = run(arguments, memory, quiet)
+    for _ in range(ATTEMPTS - 1):
+        if can_boot_linux() or status != HOST_FAILED:
+            break
+        print(f"run_boots: the emulated host died; again: {' '.join(arguments)}", flush=True)
+        status, boots = run(arguments, memory, quiet)
+    return status, boots
+
+
+def run(arguments: list[str], memory: str, quiet: bool) -> tuple[int, int]:
+    """pytest with these arguments, where Linux boots: its status, and how many guests did. With
+    ``quiet`` what it prints comes in one piece, as others print too."""
     tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     # Temporary files are in the emulated host's memory.
     tests += ["-o", "tmp_path_retention_policy=failed", *arguments]
@@ -74,18 +93,30 @@ def run(arguments: list[str]) -> tuple[int, int]:
     if not can_boot_linux():
         words = ("VMM_", "PYTHON", "PYTEST_", "CI")
         env = [f"--env={name}" for name in environment if name.startswith(words)]
-        nested = [sys.executable, "-m", "vmm", "nested", "--memory", host_memory(), *env, "--"]
+        nested = [sys.executable, "-m", "vmm", "nested", "--memory", memory, *env, "--"]
         tests = nested + tests
     said = bytearray()
-    with subprocess.Popen(tests, cwd=ROOT, env=environment, stdout=subprocess.PIPE) as process:
+    stderr = subprocess.STDOUT if quiet else None
+    with subprocess.Popen(
+        tests, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=stderr,
+    ) as process:  # fmt: skip
         assert process.stdout is not None
         while piece := os.read(process.stdout.fileno(), 65536):
-            sys.stdout.buffer.write(piece)
-            sys.stdout.buffer.flush()
             said += piece
+            if not quiet:
+                show(piece)
+    if quiet:
+        show(f"\n{' '.join(arguments)}\n".encode() + said)
     lines = said.decode(errors="replace").splitlines()
     counts = [int(line.removeprefix(COUNT)) for line in lines if line.startswith(COUNT)]
     return process.returncode, sum(counts)
+
+
+def show(text: bytes) -> None:
+    with _showing:
+        sys.stdout.buffer.write(text)
+        sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":
