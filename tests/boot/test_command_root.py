@@ -81,7 +81,7 @@ def test_other_directories(vm: Machine, shares: Shares) -> None:
 
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(
-    os.environ.get("VMM_FULL") != "1", reason="takes minutes in an emulated host; VMM_FULL=1 runs it"
+    os.environ.get("VMM_FULL") != "1", reason="takes minutes if emulated; VMM_FULL=1 runs it"
 )
 def test_the_projects_own_tests(vm: Machine) -> None:
     tests = ["tests/unit/test_oops.py", "tests/unit/test_aml.py"]
