@@ -101,6 +101,10 @@ def arguments(name: str, scratch: Path) -> list[str]:
         image.write_bytes(bytes(2 << 20))
         memory = f"memory-backend-file,id=m,mem-path={image}"
         return ["-object", memory, "-device", "virtio-pmem-{bus},memdev=m"]
+    if name == "fs":
+        share = scratch / "share"
+        share.mkdir()
+        return ["-device", f"virtio-fs-{{bus}},path={share},tag=fuzz"]
     if name == "virtio-mem":
         return ["-device", "virtio-mem-{bus},size=16M,requested=8M,block=2M"]
     return ["-device", f"virtio-{name}-{{bus}}" + ",cid=3" * (name == "vsock")]
