@@ -72,7 +72,11 @@ static int fetch_packet(struct net_pair *pair, const struct iovec *iov, uint32_t
 	ssize_t n;
 
 	if (net_filter_on(pair->net)) {
-		n = recv(pair->link.fd, head, sizeof(head), MSG_DONTWAIT | MSG_PEEK);
+		do {
+			n = recv(pair->link.fd, head, sizeof(head), MSG_DONTWAIT | MSG_PEEK);
+		} while (n < 0 && errno == EINTR);
+		if (n < 0)
+			return -errno; /* what comes from now on has not been looked at */
 		if (n > 0 && !net_filter_wants(pair->net, head, (uint32_t)n)) {
 			n = recv(pair->link.fd, head, sizeof(head), MSG_DONTWAIT);
 			return -ENOMSG;

@@ -137,8 +137,9 @@ def vm(vm_factory: Factory) -> Machine:
 def _marked(node: pytest.Item) -> dict[str, Any]:
     """Machine's keywords, from a test's markers."""
     deadline = node.get_closest_marker("deadline")
-    seconds = deadline.args[0] if deadline else node.config.getoption("--vmm-timeout")
-    found: dict[str, Any] = {"root": "/", "timeout": float(seconds)}
+    default: Any = node.config.getoption("--vmm-timeout")
+    seconds = float(deadline.args[0] if deadline else default)
+    found: dict[str, Any] = {"root": "/", "timeout": seconds}
     for name in ("memory", "cpus", "net"):
         marker = node.get_closest_marker(name)
         if marker is not None:
