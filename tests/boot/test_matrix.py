@@ -9,8 +9,8 @@ import pytest
 
 from tests.boot.conftest import Boot
 
-#: By default ten boots in a row stand for fifty, and half of the rows for all: each value meets each
-#: value of the others.
+#: By default ten boots in a row stand for fifty, and half of the rows for all: each value meets
+#: each of the others.
 FULL = os.environ.get("VMM_FULL") == "1"
 PROTOCOLS, TRANSPORTS = ("bzimage", "elf", "pvh"), ("pci", "mmio")
 CPUS, MEMORY = (1, 4), (128, 512, 5120)
