@@ -92,13 +92,14 @@ def main(argv: list[str]) -> int:
             raise SystemExit(f"bench.latency: unknown argument {flag}")
         options[flag] = value
     rounds = int(options["--rounds"])
-    got: dict[str, dict[str, list[tuple[int, int]]]] = {n: {r: [] for r in ROWS} for n in chosen()}
+    runs = chosen()
+    got: dict[str, dict[str, list[tuple[int, int]]]] = {n: {r: [] for r in ROWS} for n in runs}
     with tempfile.NamedTemporaryFile(suffix=".img") as image:
         image.write(bytes(IMAGE_BYTES))
         image.flush()
         for turn in range(rounds):
             for row in ROWS:
-                for name, (make, beside) in chosen().items():
+                for name, (make, beside) in runs.items():
                     command = make(PAYLOAD, options["--times"] + row, image.name)
                     figures = measure(command, beside=beside)
                     got[name][row].append(figures)

@@ -19,6 +19,8 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from bench.boot import ROOT, Argv, machine, qemu, vmm
@@ -110,6 +112,22 @@ def tap_up() -> None:
     subprocess.run([*ip, "link", "set", TAP, "up"], check=True)
 
 
+@contextmanager
+def serving(folder: str) -> Iterator[None]:
+    """The host's end of the tap and of vsock, with a server behind both."""
+    tool = f"{folder}/netload"
+    source = ROOT / "guests" / "tools" / "netload.c"
+    subprocess.run(["gcc", "-O2", "-o", tool, str(source)], check=True)
+    tap_up()
+    argv = [tool, "serve", str(PORT), f"{folder}/vsock_{PORT}"]
+    server = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        server.kill()
+        server.wait()
+
+
 def measure(argv: list[str], how: str) -> dict[str, float]:
     done = subprocess.run(
         argv, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, timeout=DEADLINE_S,
@@ -158,22 +176,13 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         chosen = {n: c for n, c in contenders(folder).items() if not only or n in only}
         figures: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
-        tool = Path(folder) / "netload"
-        source = ROOT / "guests" / "tools" / "netload.c"
-        subprocess.run(["gcc", "-O2", "-o", str(tool), str(source)], check=True)
-        tap_up()
-        serve = [str(tool), "serve", str(PORT), f"{folder}/vsock_{PORT}"]
-        server = subprocess.Popen(serve, stdout=subprocess.DEVNULL)
-        try:
+        with serving(folder):
             images = {how: initramfs(how, seconds, folder) for how in ADDRESS}
             for turn in range(rounds):
                 for name, (make, how) in chosen.items():
                     figures[name].append(measure(make(kernel, images[how]), how))
                     values = " ".join(f"{k}={v:g}" for k, v in figures[name][-1].items())
                     print(f"round {turn} {name}: {values}", flush=True)
-        finally:
-            server.kill()
-            server.wait()
     report(figures)
     return 0
 

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from bench.boot import ROOT, machine, vmm
-from bench.net import GUEST, HOST, PORT, TAP, tap_up
+from bench.net import GUEST, HOST, PORT, TAP, serving
 from bench.net import prepare as prepare
 from guests.fetch import fetch
 from guests.fio import fio_archive
@@ -185,16 +185,8 @@ def main(argv: list[str]) -> int:
         initrd = initramfs(minutes, without, folder)
         if "net" in without:
             return int(not soak(vmm(*extra)(kernel, initrd)))
-        tool = folder / "netload"
-        source = ROOT / "guests" / "tools" / "netload.c"
-        subprocess.run(["gcc", "-O2", "-o", str(tool), str(source)], check=True)
-        tap_up()
-        server = subprocess.Popen([str(tool), "serve", str(PORT)], stdout=subprocess.DEVNULL)
-        try:
+        with serving(name):
             return int(not soak(vmm(*extra, "--net", f"tap,ifname={TAP}")(kernel, initrd)))
-        finally:
-            server.kill()
-            server.wait()
 
 
 if __name__ == "__main__":

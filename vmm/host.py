@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 CPUINFO = "/proc/cpuinfo"
+#: Set in the environment inside a nested machine, so that nobody nests again by mistake.
+NESTED = "VMM_NESTED"
 
 
 def cpu_extension(cpuinfo: str = CPUINFO) -> str:

@@ -18,7 +18,7 @@ from vmm.errors import HostError
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A host with a usable /dev/kvm and no vmx or svm."""
-    monkeypatch.delenv(accel.MARK, raising=False)
+    monkeypatch.delenv(accel.NESTED, raising=False)
     monkeypatch.setattr(accel, "cpu_extension", lambda: "")
     monkeypatch.setattr(accel, "DEV_KVM", os.devnull)
     return monkeypatch
@@ -82,7 +82,7 @@ def test_the_user_has_the_last_word(tmp_path: Path, here: pytest.MonkeyPatch) ->
 
 
 def test_nobody_nests_in_an_appliance(tmp_path: Path, here: pytest.MonkeyPatch) -> None:
-    here.setenv(accel.MARK, "1")
+    here.setenv(accel.NESTED, "1")
     assert accel.choose("auto", config(tmp_path, BZIMAGE))[0] == "kvm"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from vmm.errors import BootError
-from vmm.host import cpu_extension
+from vmm.host import NESTED, cpu_extension
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ MIB = 1 << 20
 APPLIANCE_MEMORY = 1024 * MIB
 #: What the appliance may take to come up, on top of the guest's own deadline, in seconds.
 APPLIANCE_TIME = 300.0
-#: Set inside an appliance: nobody nests there again.
-MARK = "VMM_NESTED"
 
 
 def is_linux(config: MachineConfig) -> bool:
@@ -47,7 +45,7 @@ def is_linux(config: MachineConfig) -> bool:
 
 def choose(accel: str, config: MachineConfig) -> tuple[str, str]:
     """('kvm' or 'nested', why), for --accel. ``why`` is empty when it goes without saying."""
-    if accel != "auto" or os.environ.get(MARK):
+    if accel != "auto" or os.environ.get(NESTED):
         return ("nested" if accel == "nested" else "kvm"), ""
     try:
         os.close(os.open(DEV_KVM, os.O_RDWR | os.O_CLOEXEC))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _IMAGE_PREFIX = "vmlinuz-"
-_ADVICE = "install linux-image-amd64 (Debian), run `make kernels`, or name one with --kernel"
+_ADVICE = "install linux-image-amd64 (Debian), or name one with --kernel"
 _BZIMAGE = "arch/x86/boot/bzImage"  # in a build tree
 
 #: As ``kernel``: the newest of this machine that will do.

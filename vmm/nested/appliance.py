@@ -20,15 +20,13 @@ from vmm.guest.standard import (
 )
 from vmm.guest.streams import Input
 from vmm.guest.terminal import Terminal
+from vmm.host import NESTED
 from vmm.nested.machine import Machine
 from vmm.nested.qemu import Qemu, Share
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm.nested import Options
-
-#: Set inside a nested machine, so that nobody nests again by mistake.
-MARK = "VMM_NESTED"
 
 # Devices that anybody may use inside, as the machine belongs to whoever started it.
 _OPENED = ("kvm", "net/tun", "vhost-net", "vhost-vsock")
@@ -93,7 +91,7 @@ def _shares(rw: list[str]) -> list[Share]:
 
 
 def _environment(settings: list[str]) -> dict[str, str]:
-    return {**os.environ, **read_environment(settings), MARK: "1"}
+    return {**os.environ, **read_environment(settings), NESTED: "1"}
 
 
 def _size(options: Options) -> tuple[int, int]:

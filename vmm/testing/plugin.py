@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 import pytest
 
 from vmm.errors import VmmError
+from vmm.host import NESTED
 from vmm.machine import Machine
 from vmm.result import RunResult
 from vmm.testing import tap
@@ -20,8 +21,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-#: Set inside an appliance.
-_NESTED = "VMM_NESTED"
 _MARKERS = (
     "kernel(name, ...): the kernels that the guest of this test boots, each in a run of its own",
     "memory(size): the guest's memory",
@@ -65,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
     """The whole of pytest in an emulated host, once, if that is asked for."""
-    if config.getoption("--vmm-accel") != "nested" or os.environ.get(_NESTED):
+    if config.getoption("--vmm-accel") != "nested" or os.environ.get(NESTED):
         return None
     if hasattr(config, "workerinput"):
         return None  # one of several processes, which its parent has put where it belongs
@@ -155,7 +154,7 @@ def _can_run() -> None:
     """Skips where KVM cannot boot Linux, and says what can be done."""
     from vmm.host import cpu_extension
 
-    if os.environ.get(_NESTED):
+    if os.environ.get(NESTED):
         return
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         pytest.skip("/dev/kvm cannot be used here; --vmm-accel=nested brings one")
