@@ -147,7 +147,11 @@ class VirtioDevice(Device):
         self._irqs = irqs
         for index, queue in enumerate(queues):
             if queue is not None:
-                self.restart_queue(index, queue)
+                self.enable_queue(index, queue)
+
+    def enable_queue(self, index: int, queue: QueueConfig) -> None:
+        """One of the queues that the driver had enabled, at activation."""
+        self.restart_queue(index, queue)
 
     def restart_queue(self, index: int, queue: QueueConfig) -> None:
         """Begin to serve one queue: at activation, or after ``stop_queue``."""

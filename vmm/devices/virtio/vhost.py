@@ -104,26 +104,15 @@ class VhostDevice(VirtioDevice):
         return FIRST_PACKED if self.features >> F_RING_PACKED & 1 else FIRST
 
     def activate(self, features: int, queues: list[QueueConfig | None], irqs: QueueIrqs) -> None:
-        if self._relay is None:
-            raise HostError(f"{self.name} was never attached to a machine")
-        if self._active:
-            self.deactivate()
-        self.features = features
-        self.activations += 1
-        self._active = True
-        self._irqs = irqs
-        for index, queue in enumerate(queues):
-            if queue is None:
-                continue
-            if self.walked(index):
-                self.queues[index] = queue
-                self._relay_on(index)
-            else:
-                super().restart_queue(index, queue)
+        super().activate(features, queues, irqs)
         self.begin()
 
-    def _relay_on(self, index: int) -> None:
+    def enable_queue(self, index: int, queue: QueueConfig) -> None:
+        if not self.walked(index):
+            super().enable_queue(index, queue)
+            return
         assert self._irqs is not None and self._relay is not None
+        self.queues[index] = queue
         if self._relay.start(index, self._irqs.native):
             self._irqs.fail()
 
@@ -131,8 +120,7 @@ class VhostDevice(VirtioDevice):
         if not self.walked(index):
             super().restart_queue(index, queue)
             return
-        self.queues[index] = queue
-        self._relay_on(index)
+        self.enable_queue(index, queue)
         self.begin_queue(index)
 
     def stop_queue(self, index: int) -> None:
