@@ -53,11 +53,11 @@ IDS = {"pass": lib.VMM_FS_PASS, "squash": lib.VMM_FS_SQUASH}
 LOCKS = ("guest", "host")
 
 #: tag, num_request_queues: virtio-v1.3 §5.11.4.
-_CONFIG = struct.Struct("<36sI")
+CONFIG = struct.Struct("<36sI")
 _TAG_MAX: int = lib.VMM_FS_TAG
 
 
-def _parse_tag(text: str) -> str:
+def parse_tag(text: str) -> str:
     if not text or len(os.fsencode(text)) > _TAG_MAX or "\0" in text:
         raise ValueError(f"must be 1 to {_TAG_MAX} bytes")
     return text
@@ -90,7 +90,7 @@ class Fs(VirtioDevice):
     )
     OPTIONS = (
         Field("path", "the directory", parse_path, first=True, path=True, required=True),
-        Field("tag", "what the guest mounts, default fs0, fs1...", _parse_tag, metavar="NAME"),
+        Field("tag", "what the guest mounts, default fs0, fs1...", parse_tag, metavar="NAME"),
         Field("ro", "the guest only reads", None, default=False),
         Field(
             "cache", "auto, always (nobody else writes) or never", default="auto",
@@ -129,7 +129,7 @@ class Fs(VirtioDevice):
         name: str = "fs0",
     ) -> None:
         try:
-            self._tag = tag if tag is None else _parse_tag(tag)
+            self._tag = tag if tag is None else parse_tag(tag)
         except ValueError as e:
             raise ConfigError(f"The tag of a share {e}, not {tag!r}.") from None
         self.path = path
@@ -182,7 +182,7 @@ class Fs(VirtioDevice):
 
     def attach(self, memory: GuestMemory, loop: Any) -> None:
         super().attach(memory, loop)
-        self.config[:] = _CONFIG.pack(os.fsencode(self.tag), len(self.QUEUE_SIZES) - 1)
+        self.config[:] = CONFIG.pack(os.fsencode(self.tag), len(self.QUEUE_SIZES) - 1)
         count = len(self.QUEUE_SIZES)
         loops = self.io_loops(loop, count)
         config = ffi.new("struct vmm_fs_config *")

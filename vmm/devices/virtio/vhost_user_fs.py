@@ -3,8 +3,9 @@ virtio-v1.3 §5.11. The tag is ours to give, the files are the back end's."""
 
 from __future__ import annotations
 
-import struct
+import os
 
+from vmm.devices.virtio.fs import CONFIG, parse_tag
 from vmm.devices.virtio.vhost_options import RECONNECT, SOCKET, queue_size
 from vmm.devices.virtio.vhost_process import TIMEOUT, VhostUserDevice
 from vmm.errors import ConfigError
@@ -20,13 +21,6 @@ if TYPE_CHECKING:
     from vmm.options import Options
 
 _QUEUE_SIZE = 1024
-_TAG_MAX = 36
-
-
-def _parse_tag(text: str) -> str:
-    if not 0 < len(text.encode()) <= _TAG_MAX or "\0" in text:
-        raise ValueError(f"must have 1 to {_TAG_MAX} bytes")
-    return text
 
 
 class VhostUserFs(VhostUserDevice):
@@ -43,7 +37,7 @@ class VhostUserFs(VhostUserDevice):
     )
     OPTIONS = (
         SOCKET,
-        Field("tag", "what the guest mounts", _parse_tag, required=True),
+        Field("tag", "what the guest mounts", parse_tag, required=True),
         Field("queues", "of requests", parse_count, metavar="N", default=1),
         queue_size(_QUEUE_SIZE),
         RECONNECT,
@@ -71,7 +65,7 @@ class VhostUserFs(VhostUserDevice):
         name: str = "vhost-user-fs0",
     ) -> None:
         try:
-            self.tag = _parse_tag(tag)
+            self.tag = parse_tag(tag)
         except ValueError as e:
             raise ConfigError(f"The tag of a shared directory {e}.") from None
         self._queues = queues
@@ -85,7 +79,7 @@ class VhostUserFs(VhostUserDevice):
         return (self._size,) * (1 + self._queues)
 
     def describe(self, front: FrontEnd) -> bytes:
-        return struct.pack(f"<{_TAG_MAX}sI", self.tag.encode(), self._queues)
+        return CONFIG.pack(os.fsencode(self.tag), self._queues)
 
 
 DEVICE = VhostUserFs
