@@ -9,6 +9,19 @@
 
 enum { STREAM_IN, STREAM_OUT, STREAM_ERR, STREAM_TTY, STREAM_COUNT };
 
+#define CHANNEL_SIZE 65536
+
+/* One direction of one stream: what came from `from` and is still owed to `to`. */
+struct channel {
+	int from, to;
+	size_t start, fill;
+	uint64_t total;		/* bytes taken from `from` */
+	uint64_t end;		/* of stdin, once the host has said where it is */
+	uint64_t *input_taken;	/* stdin: read from its port, for all commands; else NULL */
+	bool to_broken;		/* nobody reads: take and drop */
+	char *buf;
+};
+
 /* How the command starts and how its streams travel; filled by the plan. */
 struct session {
 	char **argv;
@@ -25,6 +38,7 @@ struct session {
 	/* How each of stdin, stdout, stderr begins: "port", "tty", "null" or (stderr) "stdout". */
 	const char *stdio[3];
 	uint64_t input_base; /* bytes of input that the host sent for earlier commands */
+	long beat_ms; /* how often to say "alive"; -1: never */
 	unsigned rows, cols;
 	bool tty_cooked; /* the far terminal does its own output processing */
 };
@@ -76,6 +90,14 @@ char *ctl_read_plan(size_t *size);
 
 /* Opens the ports PREFIXctl and PREFIX with each of these names: in, out, err, tty. */
 void session_open(const char *prefix, char **names, size_t count);
+
+/* Begins to carry; `input_taken` is for stdin, whose `from` is a port. */
+void channel_start(struct channel *c, int from, int to, uint64_t *input_taken);
+bool channel_open(const struct channel *c);
+/* Closes the command's end. */
+void channel_close(struct channel *c);
+/* Moves what can be moved without waiting; true when something moved. */
+bool channel_step(struct channel *c);
 
 /*
  * Starts the command, carries its streams, and reports its end on the control port. Without

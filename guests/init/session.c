@@ -2,8 +2,8 @@
  * The session: one command, its streams carried over virtio-serial ports, its end reported.
  *
  * The control port speaks lines. To the host: "started", "exit STATUS OUT ERR TTY" (the bytes sent
- * on each port, so that the host knows when it has them all), "input-closed", "fail TEXT", "ready"
- * (for "plan SIZE" and the plan itself). From the host: "eof COUNT" (stdin ends after COUNT bytes),
+ * on each port, so that the host knows when it has them all), "input-closed", "alive" (as often as
+ * the plan wants it), "fail TEXT", "ready" (for "plan SIZE" and the plan itself). From the host: "eof COUNT" (stdin ends after COUNT bytes),
  * "winch ROWS COLUMNS", "signal N", "close out|err" (nobody reads that stream any more). Where
  * commands follow one another, "fail" is about one of them, and "ready" comes after each.
  */
@@ -14,6 +14,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <pty.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,21 +26,10 @@
 #include <time.h>
 #include <unistd.h>
 
-#define BUFFER_SIZE 65536
 #define DRAIN_MS 3000 /* how long killed processes may hold a stream open */
-
-/* One direction of one stream: what came from `from` and is still owed to `to`. */
-struct channel {
-	int from, to;
-	size_t start, fill;
-	uint64_t total;	  /* bytes taken from `from` */
-	bool to_broken;	  /* nobody reads: take and drop */
-	char *buf;
-};
 
 static struct channel channels[STREAM_COUNT];
 static int port_fd[STREAM_COUNT] = { -1, -1, -1, -1 };
-static uint64_t input_size = UINT64_MAX; /* where stdin ends, once the host has said so */
 static uint64_t input_taken;		 /* read from its port, for all commands */
 static char ctl_text[1024];		 /* from the host, the last line perhaps not whole */
 static size_t ctl_fill;
@@ -76,7 +66,7 @@ static int child_pipe(int fds[3], int i)
 	if (pipe2(ends, O_CLOEXEC) < 0)
 		die("cannot make a pipe: %s", strerror(errno));
 	fcntl(ends[ours], F_SETFL, O_NONBLOCK);
-	fcntl(ends[ours], F_SETPIPE_SZ, 4 * BUFFER_SIZE);
+	fcntl(ends[ours], F_SETPIPE_SZ, 4 * CHANNEL_SIZE);
 	fds[i] = ends[!ours];
 	return ends[ours];
 }
@@ -98,13 +88,6 @@ static int open_pty(const struct session *s)
 		mode.c_oflag &= ~OPOST;
 	tcsetattr(slave, TCSANOW, &mode);
 	return slave;
-}
-
-static void channel_init(int i, int from, int to)
-{
-	channels[i] = (struct channel){ .from = from, .to = to, .buf = malloc(BUFFER_SIZE) };
-	if (!channels[i].buf)
-		die("out of memory");
 }
 
 /* What an earlier command did not read is not for this one. */
@@ -144,14 +127,15 @@ static bool session_spawn(const struct session *s, char *text, size_t size)
 		else if (stdio_is(s, i, "null"))
 			fds[i] = open("/dev/null", O_RDWR | O_CLOEXEC);
 		else if (i == 0)
-			channel_init(STREAM_IN, port_fd[STREAM_IN], child_pipe(fds, 0));
+			channel_start(&channels[i], port_fd[i], child_pipe(fds, i), &input_taken);
 		else
-			channel_init(i, child_pipe(fds, i), port_fd[i]);
+			channel_start(&channels[i], child_pipe(fds, i), port_fd[i], NULL);
 	}
 	if (slave >= 0)
-		channel_init(STREAM_TTY, pty_master, port_fd[STREAM_TTY]);
+		channel_start(&channels[STREAM_TTY], pty_master, port_fd[STREAM_TTY], NULL);
 	if (stdio_is(s, 0, "tty"))
-		channel_init(STREAM_IN, port_fd[STREAM_IN], dup(pty_master));
+		channel_start(&channels[STREAM_IN], port_fd[STREAM_IN], dup(pty_master),
+			      &input_taken);
 	if (pipe2(report, O_CLOEXEC) < 0)
 		die("cannot make a pipe: %s", strerror(errno));
 	child = fork();
@@ -169,63 +153,6 @@ static bool session_spawn(const struct session *s, char *text, size_t size)
 	close(report[0]);
 	text[got > 0 ? got : 0] = '\0';
 	return got <= 0;
-}
-
-static void channel_close(struct channel *c)
-{
-	/* The ports stay open: closing one would throw away what the host has yet to take. */
-	if (c != &channels[STREAM_IN] && c->from >= 0)
-		close(c->from);
-	if (c == &channels[STREAM_IN] && c->to >= 0)
-		close(c->to);
-	c->from = c->to = -1;
-}
-
-static bool channel_open(const struct channel *c)
-{
-	return c->buf && c->to >= 0;
-}
-
-/* Moves what can be moved without waiting; true when something moved. */
-static bool channel_step(struct channel *c)
-{
-	bool is_input = c == &channels[STREAM_IN], moved = false;
-	ssize_t n;
-
-	if (!channel_open(c))
-		return false;
-	if (c->fill == 0 && c->from >= 0) {
-		n = read(c->from, c->buf, BUFFER_SIZE);
-		if (n > 0) {
-			c->start = 0;
-			c->fill = n;
-			c->total += n;
-			input_taken += is_input ? n : 0;
-			moved = true;
-		} else if (!is_input && (n == 0 || (errno != EAGAIN && errno != EINTR))) {
-			channel_close(c); /* the last writer is gone (EIO on a pty) */
-			return true;
-		}
-	}
-	if (c->fill > 0 && !c->to_broken) {
-		n = write(c->to, c->buf + c->start, c->fill);
-		if (n > 0) {
-			c->start += n;
-			c->fill -= n;
-			moved = true;
-		} else if (n < 0 && errno != EAGAIN && errno != EINTR) {
-			c->to_broken = true;
-			if (is_input)
-				ctl_send("input-closed");
-		}
-	}
-	if (c->to_broken)
-		c->fill = 0;
-	if (is_input && c->fill == 0 && c->total >= input_size) {
-		channel_close(c);
-		moved = true;
-	}
-	return moved;
 }
 
 static void deliver_signal(int signo)
@@ -248,7 +175,7 @@ static void handle_line(const char *line)
 	int signo;
 
 	if (sscanf(line, "eof %llu", &count) == 1) {
-		input_size = count;
+		channels[STREAM_IN].end = count;
 	} else if (sscanf(line, "winch %hu %hu", &size.ws_row, &size.ws_col) == 2) {
 		if (pty_master >= 0)
 			ioctl(pty_master, TIOCSWINSZ, &size);
@@ -352,20 +279,44 @@ static void session_reset(void)
 	}
 	pty_master = -1;
 	child = child_status = -1;
-	input_size = UINT64_MAX;
 	ctl_fill = 0;
 }
 
+/*
+ * Says that this machine lives, each time from the next CPU: one that is stuck in the kernel keeps
+ * us as soon as it is its turn.
+ */
+static void beat(void)
+{
+	static int turn;
+	cpu_set_t all, one;
+
+	if (sched_getaffinity(0, sizeof(all), &all) < 0)
+		return;
+	do
+		turn = (turn + 1) % CPU_SETSIZE;
+	while (!CPU_ISSET(turn, &all));
+	CPU_ZERO(&one);
+	CPU_SET(turn, &one);
+	sched_setaffinity(0, sizeof(one), &one);
+	sched_setaffinity(0, sizeof(all), &all);
+	ctl_send("alive");
+}
+
 /* Until the child has ended and what it wrote is on its way. */
-static void session_carry(int signal_fd)
+static void session_carry(int signal_fd, long beat_ms)
 {
 	struct pollfd set[2 + STREAM_COUNT];
-	long quiet_since = 0;
+	long quiet_since = 0, beat_at = now_ms();
 
 	while (child_status < 0 || outputs_open()) {
 		bool moved = false;
 
-		poll(set, poll_set(set, signal_fd), child_status < 0 ? -1 : 100);
+		poll(set, poll_set(set, signal_fd), child_status < 0 ? beat_ms : 100);
+		if (beat_ms > 0 && now_ms() - beat_at >= beat_ms) {
+			beat();
+			beat_at = now_ms();
+		}
 		if (set[1].revents & POLLHUP)
 			die("the host closed the control port");
 		if (set[0].revents)
@@ -405,7 +356,7 @@ void session_run(struct session *s, bool again)
 		return;
 	}
 	ctl_send("started");
-	session_carry(signal_fd);
+	session_carry(signal_fd, s->beat_ms);
 	close(signal_fd);
 	sync();
 	ctl_send("exit %d %llu %llu %llu", child_status,

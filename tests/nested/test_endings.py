@@ -8,6 +8,7 @@ import re
 import select
 import signal
 import subprocess
+import sys
 import termios
 import time
 from pathlib import Path
@@ -131,6 +132,43 @@ def test_a_panic_of_the_machine_is_told_with_the_log(start: Start) -> None:
     assert process.returncode == 125
     assert b"ended early: Kernel panic - not syncing: sysrq triggered crash" in err
     assert b"Call Trace" in err
+
+
+#: Takes CPU 1 for itself, so that the kernel can run nothing else on it.
+HOG = """
+import os
+open("/proc/sys/kernel/sched_rt_runtime_us", "w").write("-1")
+os.sched_setaffinity(0, {1})
+os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(99))
+while True:
+    pass
+"""
+IMPATIENT = "import sys; from vmm.nested import appliance; appliance._SILENCE_S = 15.0; appliance._BEAT_S = 1; from vmm.__main__ import main; sys.exit(main())"  # noqa: E501
+
+
+def test_a_cpu_that_is_stuck_is_a_machine_that_hangs() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root may take a CPU for itself")
+    hog = [sys.executable, "-c", HOG]
+    done = subprocess.run(
+        [sys.executable, "-c", IMPATIENT, "nested", "--cpus", "2", "--", *hog],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env=environment(),
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert done.returncode == 125
+    said = done.stderr.decode()
+    assert "The nested machine hangs, nothing was heard from it for 15 s: CPU 0" in said
+    assert re.search(r"CPU 1 at [0-9a-f]{16} in ring [03]", said)
+
+
+def test_a_command_that_says_nothing_is_none(start: Start) -> None:
+    argv = [sys.executable, "-c", IMPATIENT, "nested", "--", "sleep", "20"]
+    started = time.monotonic()
+    assert subprocess.run(argv, env=environment(), timeout=DEADLINE, check=False).returncode == 0
+    assert time.monotonic() - started > 20
 
 
 class Typist:

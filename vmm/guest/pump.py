@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 
 _GRACE_S = 5.0  # between a forwarded SIGTERM and the end of everything
+_INTERVALS = 12  # of silence before a machine counts as hung
 _DRAIN_S = 1.0  # for the last words of a machine that has ended
 _LOG_KEEP = 64 * 1024
 _OUT_OF_MEMORY = b"Out of memory: Killed process"  # as the kernel says it
@@ -63,6 +64,10 @@ class MachineLost(HostError):
     """The machine ended, or hangs, and not by the command's doing."""
 
 
+class MachineHung(MachineLost):
+    """The machine is there, and was not heard from for too long."""
+
+
 class _TooLate(Exception):
     """It takes longer than it may."""
 
@@ -71,10 +76,11 @@ class Job:
     """One command: the plan that starts it, and where its streams go.
 
     ``outputs`` maps port names to streams, ``stdin`` may be None. ``limit`` is on
-    time.monotonic's clock.
+    time.monotonic's clock. A plan with ``beat`` may come with ``silence``, the seconds without a
+    word on the control port after which the machine hangs.
     """
 
-    __slots__ = ("limit", "outputs", "plan", "stdin", "terminal")
+    __slots__ = ("limit", "outputs", "plan", "silence", "stdin", "terminal")
 
     def __init__(
         self,
@@ -83,12 +89,37 @@ class Job:
         stdin: Input | None,
         outputs: dict[str, Output],
         limit: float | None = None,
+        silence: float | None = None,
     ) -> None:
         self.plan = plan
         self.terminal = terminal
         self.stdin = stdin
         self.outputs = outputs
         self.limit = limit
+        self.silence = silence
+
+
+class Pulse:
+    """Counts how long a machine has been silent, while somebody listened: waiting that was itself
+    held up (a stopped process, a frozen container) counts as one interval, however long."""
+
+    __slots__ = ("_every", "_missed", "due")
+
+    def __init__(self, silence: float) -> None:
+        self._every = silence / _INTERVALS
+        self.heard()
+
+    def heard(self) -> None:
+        self._missed = 0
+        self.due = time.monotonic() + self._every
+
+    def lost(self) -> bool:
+        """Called after each wait in which nothing was heard."""
+        now = time.monotonic()
+        if now >= self.due:
+            self._missed += 1
+            self.due = now + self._every
+        return self._missed >= _INTERVALS
 
 
 class Pump:
@@ -122,6 +153,8 @@ class Pump:
         self._stdin = job.stdin
         self._outputs = job.outputs
         self._limit = job.limit
+        self._silence = job.silence
+        self._pulse: Pulse | None = None
         self._boot_limit: float | None = None
         self._planned = False
         self._grace: tuple[float, int] | None = None
@@ -189,6 +222,9 @@ class Pump:
         self._check_deadlines()
         self._read_log(ready)
         self._control(ready)
+        if self._pulse is not None and self._pulse.lost():
+            noun, silence = self._carrier.noun, self._silence
+            raise MachineHung(f"The {noun} hangs, nothing was heard from it for {silence:g} s")
         if self._stdin is not None and self._carrier.ports:
             self._move_input(self._stdin, ready)
         for output in self._outputs.values():
@@ -218,6 +254,7 @@ class Pump:
 
     def _next_deadline(self) -> float | None:
         limits = [self._limit, self._grace[0] if self._grace else None]
+        limits.append(self._pulse.due if self._pulse else None)
         if self.started_at is None:
             limits.append(self._boot_limit)
         nearest = min((limit for limit in limits if limit is not None), default=None)
@@ -273,6 +310,8 @@ class Pump:
                 data = b""
             *lines, self._lines = (self._lines + data).split(b"\n")
             self._lines = self._lines[-_LINE_MAX:]
+            if self._pulse is not None and data:
+                self._pulse.heard()
             for line in lines:
                 self._answer(line.decode(errors="replace"))
             if self._failure is not None:
@@ -288,6 +327,7 @@ class Pump:
             return  # there is no command that could have
         if word == "started":
             self.started_at = time.monotonic()
+            self._pulse = Pulse(self._silence) if self._silence is not None else None
             self._terminal.make_raw()
         elif word == "ready":
             self._ready = True

@@ -35,6 +35,9 @@ _MIB = 1 << 20
 _MAX_MEMORY = 4096 * _MIB
 _MIN_MEMORY = 256 * _MIB
 _GRAIN = 64 * _MIB  # a host's memory varies a little from start to start; snapshots should not
+# The emulation hangs once in a great while. Each beat is from another CPU, so that one is enough.
+_BEAT_S = 5
+_SILENCE_S = 120.0
 _MSIZE = 512000  # the most the kernel's 9p over virtio takes in one request
 
 
@@ -52,6 +55,7 @@ def run_command(argv: list[str], options: Options) -> int:
     plan = _plan(shares, terminal, stdio)
     plan.add("argv", *argv)
     plan.add("env", *(f"{key}={value}" for key, value in environment.items()))
+    plan.add("beat", _BEAT_S)
     plan.add("run")
     stdin = Input(0) if stdio[0] != "null" else None
     outputs = open_outputs(terminal, stdio)
@@ -59,7 +63,7 @@ def run_command(argv: list[str], options: Options) -> int:
     with Signals() as signals:
 
         def pump(qemu: Qemu) -> Pump:
-            job = Job(plan, terminal, stdin, outputs, limit)
+            job = Job(plan, terminal, stdin, outputs, limit, _SILENCE_S)
             made = Pump(qemu, job, signals, verbose=options.verbose)
             pumps.append(made)
             return made

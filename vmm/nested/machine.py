@@ -10,7 +10,7 @@ from vmm.guest.cache import private_dir
 from vmm.guest.initramfs import Initramfs
 from vmm.guest.kernels import KernelTree, find_kernel
 from vmm.guest.plan import Plan
-from vmm.guest.pump import MachineLost
+from vmm.guest.pump import MachineHung, MachineLost
 from vmm.nested import qemu as qemu_module
 from vmm.nested import snapshot
 from vmm.nested.image import unpacked_kernel
@@ -85,19 +85,19 @@ class Machine:
                 session = pump(qemu)
                 qemu.start()
                 if session.boot(patience):
-                    return session.run(patience)
+                    return _see_through(session, qemu, patience)
         raise MachineLost("The nested machine did not boot in time")
 
     def _restored(self, kept: Snapshot, pump: Callable[[Qemu], Pump]) -> int | None:
         """The exit status from a machine out of a snapshot; None when that was of no use."""
         with self._qemu(kept, "off") as qemu:
             session = pump(qemu)
-            qemu.add_monitor(incoming=True)
+            qemu.await_state()
             qemu.start()
             if not snapshot.load(qemu, kept.fds[snapshot.STATE]):
                 return None
             try:
-                return session.run(_RESTORE_S)
+                return _see_through(session, qemu, _RESTORE_S)
             except MachineLost:
                 if session.started_at is not None:
                     raise
@@ -110,7 +110,6 @@ class Machine:
         try:
             with self._qemu(draft, "on") as qemu:
                 session = pump(qemu)
-                qemu.add_monitor(incoming=False)
                 qemu.start()
                 if not session.boot(_BOOT_S[0]):
                     return None
@@ -156,6 +155,13 @@ class Machine:
         parts += [line for line in first if line.startswith(("model name", "bogomips"))]
         parts.append(self._initramfs.key)
         return hashlib.sha256(repr(parts).encode(errors="replace")).hexdigest()[:32]
+
+
+def _see_through(session: Pump, qemu: Qemu, patience: float) -> int:
+    try:
+        return session.run(patience)
+    except MachineHung as error:
+        raise MachineLost(f"{error}: {qemu.monitor.where()}") from None
 
 
 def _boot_plan(initramfs: Initramfs, modules: list[str]) -> Plan:

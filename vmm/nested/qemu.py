@@ -10,6 +10,7 @@ import socket
 
 from vmm.errors import HostError
 from vmm.guest.pump import MachineLost
+from vmm.nested.monitor import Monitor
 
 _PROGRAM = "qemu-system-x86_64"
 _PR_SET_PDEATHSIG = 1
@@ -70,7 +71,6 @@ class Qemu:
         Nothing runs before ``start``."""
         self.pid = self.pidfd = self.errors = -1
         self.status: int | None = None
-        self.monitor: socket.socket | None = None
         self.ports: dict[str, socket.socket] = {}
         self._theirs: list[int] = []
         self.args = [find_qemu(), "-nodefaults", "-no-user-config", "-no-reboot"]
@@ -81,6 +81,8 @@ class Qemu:
         self.args += ["-append", append, "-machine", "pc"]
         self.serial = self._socket("serial0")
         self.args += ["-serial", "chardev:serial0"]
+        self.monitor = Monitor(self._socket("monitor"))
+        self.args += ["-mon", "chardev=monitor,mode=control"]
         self.args += ["-device", "virtio-serial-pci,disable-legacy=on"]
 
     def __enter__(self) -> Qemu:
@@ -96,13 +98,9 @@ class Qemu:
         backend = f"memory-backend-file,id=ram,size={memory},mem-path={self._pass(fd)}"
         self.args += ["-object", f"{backend},share={share}", "-machine", "memory-backend=ram"]
 
-    def add_monitor(self, *, incoming: bool) -> None:
-        """Have ``monitor``, which waits as sockets do; with ``incoming`` it has to fill the
-        machine before that runs."""
-        self.monitor = self._socket("monitor")
-        self.monitor.setblocking(True)
-        self.args += ["-mon", "chardev=monitor,mode=control"]
-        self.args += ["-incoming", "defer"] if incoming else []
+    def await_state(self) -> None:
+        """The monitor has to fill the machine before that runs."""
+        self.args += ["-incoming", "defer"]
 
     def add_initrd(self, fd: int) -> None:
         """Use the archive in this memfd, which is owned from here on."""
@@ -151,9 +149,9 @@ class Qemu:
             os.kill(self.pid, signal.SIGKILL)
             self.wait()
         self._close_theirs()
-        for ours in (self.serial, self.monitor, *self.ports.values()):
-            if ours is not None:
-                ours.close()
+        self.monitor.close()
+        for ours in (self.serial, *self.ports.values()):
+            ours.close()
         for fd in (self.pidfd, self.errors):
             if fd >= 0:
                 os.close(fd)

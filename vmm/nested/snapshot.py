@@ -15,14 +15,12 @@ from vmm.guest.cache import private_dir
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
-    from typing import Any
-
+    from vmm.nested.monitor import Monitor
     from vmm.nested.qemu import Qemu
 
 _KEEP = 4  # each takes some 300 MB
 _ROOM = 1 << 30  # free space without which none is made
-_PATIENCE_S = 60.0  # for one answer of QEMU
+_PATIENCE_S = 60.0  # for the devices' state to be written
 _DRAFT = ".draft-"
 
 STATE, RAM = 0, 1  # in Snapshot.fds
@@ -108,9 +106,9 @@ def save(qemu: Qemu, state: int) -> bool:
     try:
         monitor = _ready(qemu, state)
         # Migration stops the machine at its end; stopping it before would keep it stopped.
-        _command(monitor, "migrate", uri="fd:state")
+        monitor.command("migrate", {"uri": "fd:state"})
         limit = time.monotonic() + _PATIENCE_S
-        while (status := _command(monitor, "query-migrate").get("status")) != "completed":
+        while (status := monitor.command("query-migrate").get("status")) != "completed":
             if status in ("failed", "cancelled") or time.monotonic() > limit:
                 return False
             time.sleep(0.01)
@@ -122,55 +120,19 @@ def save(qemu: Qemu, state: int) -> bool:
 def load(qemu: Qemu, state: int) -> bool:
     """Fill a machine that was started with ``incoming`` and let it run. False when QEMU cannot."""
     try:
-        _command(_ready(qemu, state), "migrate-incoming", uri="fd:state")
+        _ready(qemu, state).command("migrate-incoming", {"uri": "fd:state"})
     except (OSError, ValueError):
         return False
     return True
 
 
-def _ready(qemu: Qemu, fd: int) -> socket.socket:
-    """The monitor, once it takes commands and knows ``fd`` as "state"."""
+def _ready(qemu: Qemu, fd: int) -> Monitor:
+    """The monitor, once it knows ``fd`` as "state"."""
     monitor = qemu.monitor
-    assert monitor is not None
-    monitor.settimeout(_PATIENCE_S)
-    _answer(monitor)  # its greeting
-    _command(monitor, "qmp_capabilities")
     ignore = {"capability": "x-ignore-shared", "state": True}
-    _command(monitor, "migrate-set-capabilities", capabilities=[ignore])
-    _command(monitor, "getfd", fd, fdname="state")
+    monitor.command("migrate-set-capabilities", {"capabilities": [ignore]})
+    monitor.command("getfd", {"fdname": "state"}, fd)
     return monitor
-
-
-def _command(
-    monitor: socket.socket, name: str, fd: int = -1, **arguments: object
-) -> dict[str, Any]:
-    """One QMP command, with a descriptor for it or none; what it returns. ValueError: refused."""
-    import json
-    import socket
-
-    data = json.dumps({"execute": name, "arguments": arguments}).encode()
-    socket.send_fds(monitor, [data], [fd] if fd >= 0 else [])
-    while True:
-        answer = _answer(monitor)
-        if "error" in answer:
-            raise ValueError(f"{name}: {answer['error']}")
-        if isinstance(answer.get("return"), dict):
-            result: dict[str, Any] = answer["return"]
-            return result
-
-
-def _answer(monitor: socket.socket) -> dict[str, Any]:
-    """The next line from QEMU; events are lines too."""
-    import json
-
-    line = b""
-    while not line.endswith(b"\n"):
-        byte = monitor.recv(1)
-        if not byte:
-            raise ValueError("QEMU closed its monitor")
-        line += byte
-    answer: dict[str, Any] = json.loads(line)
-    return answer
 
 
 def _prune(top: str) -> None:
