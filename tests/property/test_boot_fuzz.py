@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support import kernels
-from vmm.arch.x86_64 import boot, layout, unpack
+from vmm.arch import unpack
+from vmm.arch.source import Source
+from vmm.arch.x86_64 import boot, layout
 from vmm.arch.x86_64.elf import Elf
-from vmm.arch.x86_64.source import Source
 from vmm.errors import BootError, ConfigError
 from vmm.memory import GuestMemory
 

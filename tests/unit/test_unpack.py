@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.support import kernels
-from vmm.arch.x86_64 import boot, kcache, layout, source, unpack
-from vmm.arch.x86_64.source import Source
+from vmm.arch import kcache, source, unpack
+from vmm.arch.source import Source
+from vmm.arch.x86_64 import boot, layout
 from vmm.errors import BootError
 from vmm.memory import GuestMemory
 

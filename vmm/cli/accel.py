@@ -28,8 +28,9 @@ def is_linux(config: MachineConfig) -> bool:
         return True  # it takes commands
     if config.boot in ("flat", "multiboot") or not config.kernel:
         return False
-    from vmm.arch.x86_64 import bzimage, elf, linux, unpack
-    from vmm.arch.x86_64.source import Source
+    from vmm.arch import unpack
+    from vmm.arch.source import Source
+    from vmm.arch.x86_64 import bzimage, elf, linux
 
     try:
         with Source.open(config.kernel, "kernel") as source:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
-from vmm.arch.x86_64 import bzimage, elf, identify, linux, unpack
+from vmm.arch import identify, unpack
+from vmm.arch.source import Source
+from vmm.arch.x86_64 import bzimage, elf, linux
 from vmm.arch.x86_64.bzimage import BzImage
-from vmm.arch.x86_64.source import Source
 from vmm.errors import BootError
 
 TYPE_CHECKING = False

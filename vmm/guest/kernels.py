@@ -127,8 +127,8 @@ def _image(path: str) -> KernelTree:
 
 def _version_of(path: str) -> str:
     """By the image's own header; empty when it has none."""
+    from vmm.arch.source import Source
     from vmm.arch.x86_64 import bzimage
-    from vmm.arch.x86_64.source import Source
     from vmm.errors import BootError
 
     try:

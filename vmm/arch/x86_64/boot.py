@@ -9,7 +9,8 @@ from vmm.arch.x86_64 import bzimage, elf, layout, linux
 from vmm.arch.x86_64.bzimage import BzImage
 from vmm.arch.x86_64.elf import Elf
 from vmm.arch.x86_64.request import Request
-from vmm.arch.x86_64.source import Places, Source
+from vmm.arch.source import Source
+from vmm.arch.x86_64.places import Places
 from vmm.arch.x86_64.state import BootState, real_mode
 from vmm.errors import ConfigError
 
@@ -17,7 +18,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vmm.arch.x86_64.source import Image
+    from vmm.arch.source import Image
+    from vmm.errors import BootError
     from vmm.memory import GuestMemory
 
 PROTOCOLS = ("auto", "bzimage", "elf", "pvh", "multiboot", "flat")
@@ -73,11 +75,22 @@ def _boot(request: Request, source: Source) -> BootState:
         return _boot_bzimage(request, source)
     if head.startswith(elf.MAGIC):
         return _boot_elf(request, Elf(source), None)
-    from vmm.arch.x86_64 import identify, multiboot
+    from vmm.arch.x86_64 import multiboot
 
     if request.protocol in ("auto", "multiboot") and multiboot.find_header(source):
         return multiboot.boot(request, source, None)
-    raise identify.refusal(source, head, request.protocol)
+    raise _refusal(source, head, request.protocol)
+
+
+def _refusal(source: Source, head: bytes, protocol: str) -> BootError:
+    """The error for a file that is neither bzImage, ELF nor multiboot."""
+    from vmm.arch import identify
+
+    what = identify.describe(head)
+    wanted = "a bzImage, an x86 ELF kernel or a multiboot payload"
+    if protocol != "auto":
+        wanted = f"what protocol {protocol} boots"
+    return source.error(f"is {what}, not {wanted}")
 
 
 def _boot_flat(request: Request, source: Source) -> BootState:

@@ -10,7 +10,8 @@ from vmm.arch.x86_64.bootparams import BootParams
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmm.arch.x86_64.source import Places, Source
+    from vmm.arch.source import Source
+    from vmm.arch.x86_64.places import Places
 
 #: init_size and pref_address came with 2.10, Linux 2.6.31.
 VERSION_MIN = 0x020A
@@ -94,7 +95,7 @@ class BzImage:
     def payload_packing(self) -> str:
         """How the payload is packed; "" when that is not known or there is none. Raises
         BootError when the header places it outside the file."""
-        from vmm.arch.x86_64 import unpack
+        from vmm.arch import unpack
 
         offset, length = self.payload
         if not length:
@@ -105,7 +106,7 @@ class BzImage:
 
     def unpack_limit(self) -> int:
         """The exact size the payload unpacks to, by its own word, once that is plausible."""
-        from vmm.arch.x86_64 import unpack
+        from vmm.arch import unpack
 
         offset, length = self.payload
         size = unpack.declared_size(self.source, offset, length)

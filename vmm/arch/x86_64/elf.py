@@ -6,7 +6,8 @@ import struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmm.arch.x86_64.source import Places, Source
+    from vmm.arch.source import Source
+    from vmm.arch.x86_64.places import Places
 
 MAGIC = b"\x7fELF"
 EM_386 = 3

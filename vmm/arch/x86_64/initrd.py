@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 
 from vmm.arch.x86_64 import layout
-from vmm.arch.x86_64.source import Source
+from vmm.arch.source import Source
 from vmm.errors import BootError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vmm.arch.x86_64.source import Image, Places
+    from vmm.arch.source import Image
+    from vmm.arch.x86_64.places import Places
 
 
 def load_joined(places: Places, initrds: Sequence[Image], limit: int) -> tuple[int, int]:

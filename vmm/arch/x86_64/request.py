@@ -9,7 +9,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vmm.arch.x86_64.source import Image, Source
+    from vmm.arch.source import Image, Source
     from vmm.arch.x86_64.state import BootState
     from vmm.memory import GuestMemory
 

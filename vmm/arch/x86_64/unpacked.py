@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from vmm.arch.x86_64 import bzimage, elf
-from vmm.arch.x86_64.source import Source
+from vmm.arch.source import Source
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def vmlinux(path: str) -> Source | None:
 def whole_file(request: Request, source: Source, head: bytes) -> Source | None:
     """What ``source`` holds if all of it is packed, as a vmlinux.gz is; None when it is not.
     Raises BootError, without unpacking all of it, when that is no kernel."""
-    from vmm.arch.x86_64 import unpack
+    from vmm.arch import unpack
 
     kind = unpack.packing(head)
     if not kind:
@@ -52,7 +52,8 @@ def whole_file(request: Request, source: Source, head: bytes) -> Source | None:
     limit = unpack.size_limit(source.size)
     if not (inner := _cached(request, source, "f")):
         first = next(iter(unpack.unpack(source, 0, source.size, kind, limit)), b"")
-        from vmm.arch.x86_64 import identify, multiboot
+        from vmm.arch import identify
+        from vmm.arch.x86_64 import multiboot
 
         if not (
             bzimage.recognised(first)
@@ -70,7 +71,7 @@ def payload(request: Request, image: BzImage) -> Source | None:
     if inner := _cached(request, source, "p"):
         return inner
     kind = image.payload_packing()
-    from vmm.arch.x86_64 import unpack
+    from vmm.arch import unpack
 
     if not unpack.available(kind):
         return None
@@ -84,7 +85,7 @@ def payload(request: Request, image: BzImage) -> Source | None:
 def _cached(request: Request, source: Source, part: str) -> Source | None:
     if not request.cache or not source.key:
         return None
-    from vmm.arch.x86_64 import kcache
+    from vmm.arch import kcache
 
     found = kcache.lookup(source.key + part)
     return _inner(request, source, part, found) if found else None
@@ -101,7 +102,7 @@ def _unpack(
 ) -> Source:
     """Unpack into the cache, or into memory when it cannot take it. ``exact``: ``limit`` is
     what must come out."""
-    from vmm.arch.x86_64 import unpack
+    from vmm.arch import unpack
 
     def fill(fd: int) -> int:
         size = unpack.write_sparse(fd, unpack.unpack(source, *where, kind, limit))
@@ -113,7 +114,7 @@ def _unpack(
 
     found = None
     if request.cache and source.key:
-        from vmm.arch.x86_64 import kcache
+        from vmm.arch import kcache
 
         found = kcache.store(source.key + part, fill)
     if found is None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from vmm.arch.x86_64 import elf, unpack
-from vmm.errors import BootError
+from vmm.arch import unpack
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from vmm.arch.x86_64.source import Source
+ELF_MAGIC = b"\x7fELF"
 
 #: (offset, bytes, what it is)
 SIGNATURES = (
@@ -41,7 +38,7 @@ def describe(head: bytes) -> str:
     for offset, magic, name in SIGNATURES:
         if head[offset : offset + len(magic)] == magic:
             return name
-    if head.startswith(elf.MAGIC):
+    if head.startswith(ELF_MAGIC):
         return "an ELF file"
     if kind := unpack.packing(head):
         return f"{kind} data"
@@ -54,12 +51,3 @@ def describe(head: bytes) -> str:
     if all(9 <= byte <= 13 or 32 <= byte < 127 for byte in head[:512]):
         return "text"
     return "of no format known here"
-
-
-def refusal(source: Source, head: bytes, protocol: str) -> BootError:
-    """The error for a file that is neither bzImage, ELF nor multiboot."""
-    what = describe(head)
-    wanted = "a bzImage, an x86 ELF kernel or a multiboot payload"
-    if protocol != "auto":
-        wanted = f"what protocol {protocol} boots"
-    return source.error(f"is {what}, not {wanted}")

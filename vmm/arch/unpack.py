@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any, Protocol
 
-    from vmm.arch.x86_64.source import Source
+    from vmm.arch.source import Source
 
     class Decoder(Protocol):
         @property
