@@ -1,8 +1,8 @@
 """Why a guest is where it is: text for people, made from vCPU state when something went wrong.
 
-Called for a triple fault, an emulation failure, an exit nobody handles, and for a deadline that
-passed. All of it runs after the guest stopped or while it is paused; nothing here raises for
-what a guest did to itself.
+Called when a guest cannot go on (an exception that could not be delivered, an instruction that
+could not be emulated, an exit nobody handles), and for a deadline that passed. All of it runs
+after the guest stopped or while it is paused; nothing here raises for what a guest did to itself.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 
-from vmm import host
 from vmm._native import ffi, lib
 
 TYPE_CHECKING = False
@@ -34,7 +33,7 @@ class VcpuSnapshot:
     """One vCPU at one moment; each architecture has its own kind.
 
     ``regs`` and ``sregs`` are what KVM_GET_REGS and KVM_GET_SREGS said, by field name; ``state``
-    is what the vCPU is doing (running, halted, waiting for SIPI), or empty.
+    is what the vCPU is doing (running, halted, waiting for its start), or empty.
     """
 
     __slots__ = ("index", "regs", "sregs", "state")
@@ -68,8 +67,16 @@ class VcpuSnapshot:
         """Guesses from the state alone: what kind of place the vCPU is at."""
         return []
 
-    def triple_fault(self, memory: GuestMemory) -> list[str]:
+    def undelivered(self, memory: GuestMemory) -> list[str]:
         """Guesses at why an exception could not be delivered."""
+        return []
+
+    def not_emulated(self, memory: GuestMemory, given: bytes) -> list[str]:
+        """Guesses at why KVM could not emulate the instruction; ``given`` as for ``current``."""
+        return []
+
+    def refused(self, reason: int) -> list[str]:
+        """Guesses at why the CPU did not enter the guest, by the hardware's ``reason``."""
         return []
 
     def port_name(self, port: int) -> str:
@@ -138,12 +145,11 @@ def _event_lines(event: Any, snap: VcpuSnapshot | None, memory: GuestMemory) -> 
         lines = _internal_lines(event, snap, memory)
     elif kind == lib.VMM_EV_SHUTDOWN:
         lines = ["KVM_EXIT_SHUTDOWN: an exception in the guest could not be delivered."]
-        lines += _guesses(snap.triple_fault(memory) if snap else [])
+        lines += _guesses(snap.undelivered(memory) if snap else [])
     elif kind == lib.VMM_EV_FAIL_ENTRY:
         reason = event.extra[0]
         lines = [f"KVM_EXIT_FAIL_ENTRY: the CPU refused to enter the guest, reason {reason:#x}."]
-        if reason & 0xFFFF_FFFF == 0x8000_0021:
-            lines += _guesses(["The guest's state is invalid by Intel SDM vol 3 §26.3."])
+        lines += _guesses(snap.refused(reason) if snap else [])
     elif kind == lib.VMM_EV_ERROR:
         code = int(event.extra[0]) & 0xFFFF
         name = errno.errorcode.get(code, str(code))
@@ -171,18 +177,7 @@ def _internal_lines(event: Any, snap: VcpuSnapshot | None, memory: GuestMemory) 
         raw = b"".join(int(event.extra[i]).to_bytes(8, "little") for i in (2, 3))
         given = raw[1 : 1 + min(raw[0], 15)]
         lines.append(f"  instruction bytes as KVM saw them: {given.hex(' ')}")
-    if snap is None:
-        return lines
-    text = snap.current(memory, given)
-    what = f"'{text}'" if text else "the instruction at RIP"
-    if host.cpu_extension():
-        guess = f"KVM had to emulate {what} and cannot: is its operand in device memory, or no RAM?"
-        return lines + _guesses([guess])
-    guess = (
-        f"This host's KVM has no vmx or svm and emulates every instruction: it cannot emulate "
-        f"{what}, or an exception there could not be delivered. Try --accel nested."
-    )
-    return lines + _guesses([guess, *snap.triple_fault(memory)])
+    return lines + _guesses(snap.not_emulated(memory, given) if snap else [])
 
 
 def _guesses(sentences: list[str]) -> list[str]:

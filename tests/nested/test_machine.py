@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import count_boot
 from tests.nested.conftest import DEADLINE, ROOT, command, environment, nested
 from vmm.guest.modules import ModuleTree
-from vmm.nested.machine import NEEDED, find_parts
+from vmm.nested.machine import find_parts, needed
 
 pytestmark = pytest.mark.timeout(DEADLINE + 20)
 
@@ -164,7 +164,7 @@ def for_everybody(tmp_path: Path) -> Iterator[Path]:
     shutil.copy(kernel.image, top / "boot" / f"vmlinuz-{kernel.version}")
     tree = ModuleTree(kernel.modules_dir)
     target = top / "lib/modules" / kernel.version
-    for path in [kernel.modules_dir + "/modules.builtin", *tree.resolve(NEEDED)]:
+    for path in [kernel.modules_dir + "/modules.builtin", *tree.resolve(needed())]:
         to = target / Path(path).relative_to(kernel.modules_dir)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, to)

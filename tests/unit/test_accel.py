@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support import kernels
-from vmm import host
+from vmm.arch.x86_64 import host
 from vmm.cli import accel
 from vmm.config import MachineConfig
 from vmm.errors import HostError
@@ -19,7 +19,7 @@ from vmm.errors import HostError
 def here(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A host with a usable /dev/kvm and no vmx or svm."""
     monkeypatch.delenv(accel.NESTED, raising=False)
-    monkeypatch.setattr(accel, "cpu_extension", lambda: "")
+    monkeypatch.setattr(host, "extension", lambda: "")
     monkeypatch.setattr(accel, "DEV_KVM", os.devnull)
     return monkeypatch
 
@@ -60,7 +60,7 @@ def test_linux_needs_an_extension(tmp_path: Path, here: pytest.MonkeyPatch) -> N
     where, why = accel.choose("auto", linux)
     assert where == "nested"
     assert "no vmx or svm" in why
-    here.setattr(accel, "cpu_extension", lambda: "svm")
+    here.setattr(host, "extension", lambda: "svm")
     assert accel.choose("auto", linux) == ("kvm", "")
 
 
@@ -143,8 +143,12 @@ def test_missing_parts_are_one_sentence(tmp_path: Path, monkeypatch: pytest.Monk
     ("flags", "extension"),
     [("fpu vmx sse", "vmx"), ("fpu svm", "svm"), ("fpu avmx svme", ""), ("", "")],
 )
-def test_the_cpus_extension(tmp_path: Path, flags: str, extension: str) -> None:
+def test_the_cpus_extension(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, extension: str
+) -> None:
     file = tmp_path / "cpuinfo"
     file.write_text(f"processor\t: 0\nflags\t\t: {flags}\nvmx flags\t: vnmi\n")
-    assert host.cpu_extension(str(file)) == extension
-    assert host.cpu_extension(str(tmp_path / "none")) == ""
+    monkeypatch.setattr(host, "CPUINFO", str(file))
+    assert host.extension() == extension
+    monkeypatch.setattr(host, "CPUINFO", str(tmp_path / "none"))
+    assert host.extension() == ""

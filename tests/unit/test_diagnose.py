@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from vmm import diagnose as module
 from vmm._native import ffi, lib
-from vmm.arch.x86_64 import inspect
+from vmm.arch.x86_64 import host, inspect
 from vmm.diagnose import diagnose, exit_name, fields
 from vmm.memory import GuestMemory
 
@@ -179,7 +178,7 @@ def test_triple_fault_with_unmapped_tables(memory: GuestMemory) -> None:
 def test_emulation_failure_shows_kvms_bytes(
     memory: GuestMemory, monkeypatch: pytest.MonkeyPatch, extension: str, sentence: str
 ) -> None:
-    monkeypatch.setattr(module.host, "cpu_extension", lambda: extension)
+    monkeypatch.setattr(host, "extension", lambda: extension)
     raw = (b"\x04\x48\x0f\xc7\x0f" + bytes(11)).ljust(16, b"\0")
     words = [int.from_bytes(raw[i : i + 8], "little") for i in (0, 8)]
     failed = event(lib.VMM_EV_INTERNAL, lib.KVM_INTERNAL_ERROR_EMULATION, 1, *words)

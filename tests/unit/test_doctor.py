@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import kernels
-from vmm import host
 from vmm.arch import base
+from vmm.arch.x86_64 import host
 from vmm.cli import doctor
 from vmm.cli.doctor import FAIL, NOTE, OK, WARN, Finding, Report
 from vmm.cli.kernel import IKCONFIG_END, IKCONFIG_START, check_kernel, embedded_config
@@ -46,7 +46,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
                 raise kvm
             return kvm or FakeKvm()
 
-        monkeypatch.setattr(host, "cpu_extension", lambda: extension)
+        monkeypatch.setattr(host, "extension", lambda: extension)
         monkeypatch.setattr(base, "native_arch", FakeArch)
         monkeypatch.setattr("vmm.kvm.Kvm", open_kvm)
         monkeypatch.setattr("vmm.nested.usable_hint", lambda: nested, raising=False)

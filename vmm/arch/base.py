@@ -1,10 +1,14 @@
 """What an architecture is to the rest of vmm. Shared code asks for nothing else.
 
-One package per architecture implements ``Arch``; ``native_arch`` picks the host's, because KVM
-runs guests of the host's own architecture.
+One package per architecture has an ``Arch``, which makes machines, and says what kernels for it
+are (``Kernels``), what its hosts bring to KVM (``Host``) and how such a host is emulated
+(``Nesting``). The ``native_`` functions give the host's own, because KVM runs guests of the
+host's own architecture; each imports only its part.
 """
 
 from __future__ import annotations
+
+import os
 
 from vmm.errors import HostError
 
@@ -12,6 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Protocol
 
+    from vmm.arch.source import Source
     from vmm.board import Board
     from vmm.config import MachineConfig
     from vmm.irq import IrqChip
@@ -67,14 +72,129 @@ if TYPE_CHECKING:
             """One vCPU's state for diagnosis (vmm.diagnose.VcpuSnapshot)."""
             ...
 
+    class Kernels(Protocol):
+        """Kernel images as files, whatever is done with them. The functions raise BootError for a
+        file that is damaged."""
+
+        #: What Debian calls the architecture, and its generic kernel's flavour.
+        DEBIAN: str
+        #: Where a build tree has the bootable image.
+        BUILD_IMAGE: str
+        #: What comes before the version in an image's name.
+        IMAGE_PREFIXES: tuple[str, ...]
+        #: A regular expression: addresses of the kernel's text and of modules, in hexadecimal.
+        TEXT_ADDRESS: str
+        #: Kernel option -> (what is lost without it, whether most guests want it), beside those
+        #: that are the same everywhere.
+        OPTIONS: dict[str, tuple[str, bool]]
+
+        def is_linux(self, source: Source) -> bool:
+            """Whether the file is a Linux kernel, by what is cheap to see."""
+            ...
+
+        def release(self, source: Source) -> str:
+            """What ``uname -r`` will say in the guest, or empty."""
+            ...
+
+        def recognise(self, source: Source) -> str:
+            """What the file is, in words; empty when it is no kernel."""
+            ...
+
+        def payload(self, source: Source) -> tuple[int, int, str, int] | None:
+            """Where the kernel proper is: offset, length, how it is packed (as vmm.arch.unpack
+            has it, or empty) and the most it unpacks to. None when this host cannot unpack it."""
+            ...
+
+    class Host(Protocol):
+        """What hosts of an architecture bring to their KVM."""
+
+        #: What a host without ``extension`` has, as in "this CPU has no ...", and how to get it.
+        NO_EXTENSION: str
+        ENABLE: str
+        #: The modules that may be KVM; each may have a parameter "nested".
+        MODULES: tuple[str, ...]
+        #: KVM_CAP_* used when they are there, beside those of every architecture, and for what.
+        OPTIONAL_CAPS: dict[str, str]
+
+        def extension(self) -> str:
+            """How this CPU runs guests in hardware, or empty: a working /dev/kvm then emulates in
+            software."""
+            ...
+
+    class Nesting(Protocol):
+        """A host of an architecture, emulated by QEMU, with a true /dev/kvm in it."""
+
+        #: The program, the Debian package that has it, its CPU and its machine.
+        QEMU: str
+        QEMU_PACKAGE: str
+        CPU: str
+        MACHINE: str
+        #: Kernel parameters that save time in a machine whose every instruction is emulated, and
+        #: its console.
+        KERNEL_ARGS: str
+        #: The modules that make /dev/kvm, and why it may be missing after them.
+        KVM_MODULES: tuple[str, ...]
+        NO_KVM: str
+
+        def kernel_image(self, path: str) -> int | None:
+            """A descriptor, the caller's, of the kernel at ``path`` in a form that QEMU starts
+            faster; None: use ``path``."""
+            ...
+
+        def measured(self) -> list[str]:
+            """What a started guest knows of this host, so that a snapshot is good only there."""
+            ...
+
+
+#: What uname calls a machine, and the package here that knows it: ``machine`` (an ``ARCH``),
+#: ``kernels``, ``host`` and ``nesting`` are its modules.
+PACKAGES = {"x86_64": "x86_64"}
+
+
+def native_name() -> str:
+    """What uname calls this host's architecture. Raises HostError when vmm does not have it."""
+    machine = os.uname().machine
+    if machine not in PACKAGES:
+        raise HostError(f"vmm runs on {', '.join(PACKAGES)} hosts; this one is {machine}.")
+    return machine
+
+
+def _module(part: str) -> Any:
+    from importlib import import_module
+
+    return import_module(f"vmm.arch.{PACKAGES[native_name()]}.{part}")
+
 
 def native_arch() -> Arch:
-    """The architecture of this host. Raises HostError when vmm does not have it."""
-    import os
+    """The architecture of this host. Raises HostError, as the others do."""
+    found: Arch = _module("machine").ARCH
+    return found
 
-    machine = os.uname().machine
-    if machine == "x86_64":
-        from vmm.arch.x86_64.pc import X86_64
 
-        return X86_64()
-    raise HostError(f"vmm runs on x86_64 hosts; this one is {machine}.")
+def native_kernels() -> Kernels:
+    """What kernels for this host are. Imports no device."""
+    found: Kernels = _module("kernels")
+    return found
+
+
+def native_host() -> Host:
+    """What is to be known of this host's KVM. Imports nothing else."""
+    found: Host = _module("host")
+    return found
+
+
+def native_nesting() -> Nesting:
+    """How a host like this is emulated."""
+    found: Nesting = _module("nesting")
+    return found
+
+
+if TYPE_CHECKING:
+    # What is loaded by name is what it has to be.
+    from vmm.arch.x86_64 import host as _host
+    from vmm.arch.x86_64 import kernels as _kernels
+    from vmm.arch.x86_64 import nesting as _nesting
+
+    _KERNELS: Kernels = _kernels
+    _HOST: Host = _host
+    _NESTING: Nesting = _nesting

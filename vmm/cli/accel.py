@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
+from vmm.arch.base import native_host
 from vmm.errors import BootError
-from vmm.host import NESTED, cpu_extension
+from vmm.host import NESTED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,18 +29,12 @@ def is_linux(config: MachineConfig) -> bool:
         return True  # it takes commands
     if config.boot in ("flat", "multiboot") or not config.kernel:
         return False
-    from vmm.arch import unpack
+    from vmm.arch.base import native_kernels
     from vmm.arch.source import Source
-    from vmm.arch.x86_64 import bzimage, elf, linux
 
     try:
         with Source.open(config.kernel, "kernel") as source:
-            head = source.head(bzimage.HEAD)
-            if bzimage.recognised(head):
-                return True
-            if head.startswith(elf.MAGIC):
-                return linux.is_linux(elf.Elf(source))
-            return bool(unpack.packing(head))
+            return native_kernels().is_linux(source)
     except BootError:
         return False
 
@@ -52,9 +47,10 @@ def choose(accel: str, config: MachineConfig) -> tuple[str, str]:
         os.close(os.open(DEV_KVM, os.O_RDWR | os.O_CLOEXEC))
     except OSError as e:
         return "nested", f"{DEV_KVM} cannot be used ({e.strerror})"
-    if cpu_extension() or not is_linux(config):
+    host = native_host()
+    if host.extension() or not is_linux(config):
         return "kvm", ""
-    return "nested", "this host's KVM has no vmx or svm and cannot run Linux"
+    return "nested", f"this host's KVM has {host.NO_EXTENSION} and cannot run Linux"
 
 
 def run_nested(

@@ -6,28 +6,24 @@ Every check is a function that gives findings; none changes anything. A finding 
 
 from __future__ import annotations
 
-import os
-
-from vmm import host
 from vmm.cli.parse import parse
-from vmm.errors import KvmError, VmmError
+from vmm.errors import HostError, KvmError, VmmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmm.arch.base import Host
     from vmm.kvm import Kvm
 
 OK, NOTE, WARN, FAIL = "ok", "note", "warn", "fail"
 MIB = 1 << 20
 
-#: What else of KVM is used when it is there, and for what.
+#: What else of KVM is used when it is there, and for what, on every architecture.
 NICE_CAPS = {
     "KVM_CAP_IOEVENTFD_NO_LENGTH": "doorbells decoded fastest",
     "KVM_CAP_IOEVENTFD_ANY_LENGTH": "doorbells of any width",
     "KVM_CAP_SIGNAL_MSI": "message-signalled interrupts by ioctl",
-    "KVM_CAP_TSC_DEADLINE_TIMER": "the guest's precise timer",
-    "KVM_CAP_GET_TSC_KHZ": "the guest's clock without calibration",
 }
 
 
@@ -55,6 +51,8 @@ class Report:
         self.kvm = False
         self.hardware = False
         self.nested = False
+        #: None on an architecture that vmm does not have.
+        self.host: Host | None = None
 
     def add(self, level: str, what: str, said: str, do: str = "") -> None:
         self.findings.append(Finding(level, what, said, do))
@@ -130,11 +128,15 @@ def _json(report: Report) -> str:
 
 
 def _check_cpu(report: Report) -> None:
-    machine = os.uname().machine
-    if machine != "x86_64":
-        report.add(FAIL, "architecture", f"{machine}; vmm runs on x86_64 hosts")
+    from vmm.arch.base import native_host
+
+    try:
+        host = native_host()
+    except HostError as e:
+        report.add(FAIL, "architecture", str(e))
         return
-    extension = host.cpu_extension()
+    report.host = host
+    extension = host.extension()
     report.hardware = bool(extension)
     if extension:
         report.add(OK, "CPU", f"has {extension}: guests run in hardware")
@@ -142,9 +144,9 @@ def _check_cpu(report: Report) -> None:
         report.add(
             WARN,
             "CPU",
-            "shows neither vmx nor svm: there is no hardware virtualization here",
-            "on a machine of your own, enable VT-x or AMD-V in the firmware; in a cloud VM, choose "
-            "a type with nested virtualization; or let 'vmm run' use an appliance",
+            f"has {host.NO_EXTENSION}: there is no hardware virtualization here",
+            f"on a machine of your own, {host.ENABLE}; in a cloud VM, choose a type with nested "
+            "virtualization; or let 'vmm run' use an appliance",
         )
 
 
@@ -185,7 +187,8 @@ def _check_kvm(report: Report) -> None:
 def _check_nice(report: Report, kvm: Kvm) -> None:
     from vmm._native import lib
 
-    for cap, use in NICE_CAPS.items():
+    nice = NICE_CAPS | (report.host.OPTIONAL_CAPS if report.host is not None else {})
+    for cap, use in nice.items():
         try:
             there = hasattr(lib, cap) and kvm.check(cap)
         except KvmError:
@@ -197,7 +200,7 @@ def _check_nice(report: Report, kvm: Kvm) -> None:
 
 def _check_nesting_parameter(report: Report) -> None:
     """Whether guests of this host could be hosts themselves."""
-    for module in ("kvm_intel", "kvm_amd"):
+    for module in report.host.MODULES if report.host is not None else ():
         value = _read(f"/sys/module/{module}/parameters/nested")
         if value in ("Y", "1"):
             report.add(OK, module, "nested=1: guests may run guests of their own")

@@ -45,7 +45,7 @@ EXAMPLES = {
         "vmm run -k bzImage -- make check",
     ),
     "nested": ("vmm nested ls -l /dev/kvm", "vmm nested --rw . -- make test"),
-    "doctor": ("vmm doctor", "vmm doctor --kernel /boot/vmlinuz-6.1.0-18-amd64"),
+    "doctor": ("vmm doctor", "vmm doctor --kernel /boot/vmlinuz"),
     "qtest": ("vmm qtest -M pc -device virtio-rng-pci -qtest unix:/tmp/q,server=on",),
 }
 

@@ -5,27 +5,22 @@ from __future__ import annotations
 import os
 
 from vmm.arch import identify, unpack
+from vmm.arch.base import native_kernels
 from vmm.arch.source import Source
-from vmm.arch.x86_64 import bzimage, elf, linux
-from vmm.arch.x86_64.bzimage import BzImage
-from vmm.errors import BootError
+from vmm.errors import BootError, HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vmm.arch.base import Kernels
     from vmm.cli.doctor import Report
 
-#: Option -> (what is lost without it, whether most guests want it).
+#: Option -> (what is lost without it, whether most guests want it), on every architecture.
 OPTIONS = {
-    "64BIT": ("the kernel is not for x86-64", True),
     "SMP": ("only one vCPU is used", True),
-    "SERIAL_8250_CONSOLE": ("nothing is seen on the serial console (--serial)", True),
     "BLK_DEV_INITRD": ("an initial RAM disk (--initrd) is ignored", True),
     "DEVTMPFS": ("/dev is empty unless the guest fills it", True),
-    "ACPI": ("no power-off, no power button, no PCI interrupts", True),
-    "KVM_GUEST": ("slower clocks and locks", True),
-    "PVH": ("no PVH entry (--boot pvh); bzImage and ELF still work", False),
     "VIRTIO_PCI": ("no virtio device is seen on PCI, the default; try --transport mmio", True),
     "VIRTIO_MMIO": ("no virtio device is seen with --transport mmio", False),
     "VIRTIO_BLK": ("disks (--disk) are not seen", True),
@@ -37,6 +32,8 @@ OPTIONS = {
     "VIRTIO_FS": ("no shared directories", False),
 }
 
+#: As much of a file as says what it is.
+HEAD = 4096
 CONFIG_MAX = 4 << 20
 #: Around the gzipped configuration in a vmlinux. Linux kernel/configs.c.
 IKCONFIG_START = b"IKCFG_ST"
@@ -47,39 +44,22 @@ CHUNK = 1 << 20
 def check_kernel(report: Report, path: str) -> None:
     """Findings about one image. Nothing about the file is trusted."""
     try:
+        kernels = native_kernels()
         with Source.open(path, "kernel") as source:
-            description, version = recognise(source)
+            description = kernels.recognise(source)
             if not description:
-                what = identify.describe(source.head(bzimage.HEAD))
+                what = identify.describe(source.head(HEAD))
                 report.add("fail", path, f"no kernel: {what}")
                 return
             report.add("ok", path, description)
-            _check_config(report, source, path, version)
-    except BootError as e:
+            _check_config(report, source, path, kernels)
+    except (BootError, HostError) as e:
         report.add("fail", path, str(e))
 
 
-def recognise(source: Source) -> tuple[str, str]:
-    """(what the file is, the kernel's version), each empty when not known. Raises BootError."""
-    head = source.head(bzimage.HEAD)
-    if bzimage.recognised(head):
-        image = BzImage(source)
-        packing = image.payload_packing()
-        if not packing:
-            text = "not packed in a known way: the guest unpacks itself"
-        elif unpack.available(packing):
-            text = f"packed with {packing}, which the host unpacks"
-        else:
-            text = f"packed with {packing}, which needs a Python package here: the guest unpacks it"
-        return f"{image.description}, {text}", image.version
-    if head.startswith(elf.MAGIC):
-        return linux.elf_description(elf.Elf(source), None), ""
-    packing = unpack.packing(head)
-    return (f"packed with {packing} as a whole" if packing else ""), ""
-
-
-def _check_config(report: Report, source: Source, path: str, version: str) -> None:
-    found = find_config(source, path, version)
+def _check_config(report: Report, source: Source, path: str, kernels: Kernels) -> None:
+    version = kernels.release(source)
+    found = find_config(source, path, version, kernels)
     if found is None:
         report.add(
             "note",
@@ -90,7 +70,7 @@ def _check_config(report: Report, source: Source, path: str, version: str) -> No
         return
     origin, config = found
     report.add("ok", "kernel configuration", f"from {origin}")
-    for option, (loss, wanted) in OPTIONS.items():
+    for option, (loss, wanted) in (kernels.OPTIONS | OPTIONS).items():
         value = config.get(f"CONFIG_{option}", "")
         if value == "y":
             report.add("ok", f"CONFIG_{option}", "built in")
@@ -100,12 +80,14 @@ def _check_config(report: Report, source: Source, path: str, version: str) -> No
             report.add("warn" if wanted else "note", f"CONFIG_{option}", f"missing: {loss}")
 
 
-def find_config(source: Source, path: str, version: str) -> tuple[str, dict[str, str]] | None:
+def find_config(
+    source: Source, path: str, version: str, kernels: Kernels
+) -> tuple[str, dict[str, str]] | None:
     """(where it was, the options) of a kernel's configuration."""
     folder, name = os.path.split(path)
     candidates = [
         os.path.join(folder, "config-" + name.removeprefix(prefix))
-        for prefix in ("vmlinuz-", "vmlinux-", "bzImage-")
+        for prefix in kernels.IMAGE_PREFIXES
         if name.startswith(prefix)
     ]
     if version:
@@ -118,7 +100,7 @@ def find_config(source: Source, path: str, version: str) -> tuple[str, dict[str,
                 return candidate, parse_config(f.read(CONFIG_MAX))
         except OSError:
             continue
-    inside = embedded_config(_pieces(source))
+    inside = embedded_config(_pieces(source, kernels))
     return ("inside the image", parse_config(inside)) if inside else None
 
 
@@ -132,24 +114,17 @@ def parse_config(text: bytes) -> dict[str, str]:
     return found
 
 
-def _pieces(source: Source) -> Iterator[bytes]:
+def _pieces(source: Source, kernels: Kernels) -> Iterator[bytes]:
     """The unpacked kernel, in order. Raises BootError."""
-    head = source.head(bzimage.HEAD)
-    if bzimage.recognised(head):
-        image = BzImage(source)
-        packing = image.payload_packing()
-        if packing and unpack.available(packing):
-            offset, length = image.payload
-            length -= 0 if packing == "gzip" else 4
-            yield from unpack.unpack(source, offset, length, packing, image.unpack_limit())
+    where = kernels.payload(source)
+    if where is None:
         return
-    packing = unpack.packing(head)
-    if packing and unpack.available(packing):
-        limit = unpack.size_limit(source.size)
-        yield from unpack.unpack(source, 0, source.size, packing, limit)
+    offset, length, packing, limit = where
+    if packing:
+        yield from unpack.unpack(source, offset, length, packing, limit)
         return
-    for offset in range(0, source.size, CHUNK):
-        yield source.read(offset, min(CHUNK, source.size - offset))
+    for at in range(offset, offset + length, CHUNK):
+        yield source.read(at, min(CHUNK, offset + length - at))
 
 
 def embedded_config(pieces: Iterator[bytes]) -> bytes:

@@ -122,7 +122,7 @@ class MmioDevice(_Placed):
     """A device with SIZE bytes of memory-mapped registers, and an interrupt unless IRQ is False.
 
     Define ``read`` and ``write``. The machine chooses where the registers are (``base``, once the
-    machine is built): the first device is at 0xf0000000 on x86-64. ``BASE`` asks for a place.
+    machine is built): in the order they are given. ``BASE`` asks for a place.
     """
 
     SIZE = 0x1000

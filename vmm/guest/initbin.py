@@ -9,12 +9,12 @@ from vmm.errors import HostError
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _SOURCES = os.path.join(os.path.dirname(_PACKAGE), "guests", "init")
-_BINARY = os.path.join(_PACKAGE, "data", "init-x86_64")
+_BINARY = os.path.join(_PACKAGE, "data", f"init-{os.uname().machine}")
 _FLAGS = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-Os", "-static", "-s")
 
 
 def init_path() -> str:
-    """The path of a static x86-64 /init, built now if need be.
+    """The path of a static /init for guests of this host, built now if need be.
 
     An installed package brings it along; a checkout builds it with gcc. HostError when neither
     is possible.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from vmm.arch.base import native_kernels
 from vmm.errors import HostError
 from vmm.guest.cache import cache_dir
 from vmm.guest.modules import ModuleTree
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _IMAGE_PREFIX = "vmlinuz-"
-_ADVICE = "install linux-image-amd64 (Debian), or name one with --kernel"
-_BZIMAGE = "arch/x86/boot/bzImage"  # in a build tree
 
 #: As ``kernel``: the newest of this machine that will do.
 HOST = "host"
@@ -42,6 +41,10 @@ class KernelTree:
 
     def __repr__(self) -> str:
         return f"KernelTree({self.version!r}, {self.image!r}, {self.modules_dir!r})"
+
+
+def _advice() -> str:
+    return f"install linux-image-{native_kernels().DEBIAN} (Debian), or name one with --kernel"
 
 
 def packages_dir() -> str:
@@ -82,7 +85,7 @@ def _first_that_does(trees: list[KernelTree], need: list[str], who: str) -> Kern
             reason = f"{tree.image} cannot be read"
         else:
             return tree
-    raise HostError(f"No kernel for {who} ({reason}): {_ADVICE}")
+    raise HostError(f"No kernel for {who} ({reason}): {_advice()}")
 
 
 def guest_kernel(kernel: str | None, need: list[str]) -> KernelTree:
@@ -103,8 +106,8 @@ def guest_kernel(kernel: str | None, need: list[str]) -> KernelTree:
         found = _build_tree(kernel) or next(iter(_in_directory(kernel)), None)
         if found is None:
             raise HostError(
-                f"--kernel {kernel}: there is no {_BZIMAGE} in this directory (a build tree after "
-                "make) and no boot/vmlinuz-* (an unpacked package)"
+                f"--kernel {kernel}: there is no {native_kernels().BUILD_IMAGE} in this directory "
+                "(a build tree after make) and no boot/vmlinuz-* (an unpacked package)"
             )
         return found
     if kernel.endswith(".deb"):
@@ -116,8 +119,9 @@ def _image(path: str) -> KernelTree:
     for tree in _trees_at(path):
         return tree
     full = os.path.realpath(path)
-    if full.endswith("/" + _BZIMAGE):
-        built = _build_tree(full.removesuffix("/" + _BZIMAGE))
+    inside = f"/{native_kernels().BUILD_IMAGE}"
+    if full.endswith(inside):
+        built = _build_tree(full.removesuffix(inside))
         if built is not None:
             return built
     version = _version_of(path)
@@ -128,13 +132,11 @@ def _image(path: str) -> KernelTree:
 def _version_of(path: str) -> str:
     """By the image's own header; empty when it has none."""
     from vmm.arch.source import Source
-    from vmm.arch.x86_64 import bzimage
     from vmm.errors import BootError
 
     try:
         with Source.open(path, "kernel") as source:
-            if bzimage.recognised(source.head(bzimage.HEAD)):
-                return bzimage.BzImage(source).version.partition(" ")[0]
+            return native_kernels().release(source).partition(" ")[0]
     except BootError:
         pass  # the loader will say it better
     return ""
@@ -142,7 +144,7 @@ def _version_of(path: str) -> str:
 
 def _build_tree(top: str) -> KernelTree | None:
     """A kernel where it was built, modules included."""
-    image = os.path.join(top, _BZIMAGE)
+    image = os.path.join(top, native_kernels().BUILD_IMAGE)
     if not os.path.exists(image):
         return None
     try:
@@ -264,17 +266,19 @@ def version_key(version: str) -> list[tuple[int, int, str]]:
     return key
 
 
-def fetch_debian_kernel(flavour: str = "amd64") -> KernelTree:
+def fetch_debian_kernel(flavour: str = "") -> KernelTree:
     """Download Debian's newest kernel package of a flavour and unpack it into the cache.
 
-    ``flavour`` is ``amd64`` (the generic kernel) or ``cloud-amd64``. Needs apt and dpkg-deb but
-    not root; says on stderr what it does; does nothing when one was fetched before.
+    ``flavour`` is what follows linux-image- in the package's name; empty is the generic kernel.
+    Needs apt and dpkg-deb but not root; says on stderr what it does; does nothing when one was
+    fetched before.
 
     Raises:
         HostError: apt does not know the package, or a step failed.
     """
+    flavour = flavour or native_kernels().DEBIAN
     for tree in _fetched():
-        # VERSION-ABI-FLAVOUR, such as 6.1.0-56-cloud-amd64
+        # VERSION-ABI-FLAVOUR, where the flavour may have a dash
         if tree.version.split("-", 2)[2:] == [flavour]:
             return tree
     _need_tools("apt-cache")
@@ -303,11 +307,11 @@ def _need_tools(*tools: str) -> None:
 
     for tool in tools:
         if shutil.which(tool) is None:
-            raise HostError(f"Fetching from Debian needs {tool}, which is not here: {_ADVICE}")
+            raise HostError(f"Fetching from Debian needs {tool}, which is not here: {_advice()}")
 
 
 def _newest_package(flavour: str) -> str:
-    """The package that linux-image-FLAVOUR stands for, such as linux-image-6.1.0-56-amd64."""
+    """The package that linux-image-FLAVOUR stands for, such as linux-image-6.1.0-56-FLAVOUR."""
     meta = f"linux-image-{flavour}"
     names = []
     for line in _output("apt-cache", "depends", "--important", meta).splitlines():

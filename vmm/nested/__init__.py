@@ -1,4 +1,4 @@
-"""A true /dev/kvm without hardware: QEMU's emulated SVM carries a Linux with kvm-amd in it.
+"""A true /dev/kvm without hardware: what QEMU emulates carries a Linux with KVM in it.
 
 ``run`` boots that machine and runs one command in it, with this machine's files visible.
 """

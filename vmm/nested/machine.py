@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 
-from vmm.errors import HostError
+from vmm.arch.base import native_nesting
 from vmm.guest.cache import private_dir
 from vmm.guest.initramfs import Initramfs
 from vmm.guest.kernels import KernelTree, find_kernel
@@ -13,8 +13,7 @@ from vmm.guest.plan import Plan
 from vmm.guest.pump import MachineHung, MachineLost
 from vmm.nested import qemu as qemu_module
 from vmm.nested import snapshot
-from vmm.nested.image import unpacked_kernel
-from vmm.nested.qemu import KERNEL_ARGS, Qemu, Share, find_qemu
+from vmm.nested.qemu import Qemu, Share, find_qemu
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,8 +26,7 @@ PORTS = ("in", "out", "err", "tty")
 
 _PREFIX = "org.vmm."
 _PORT_MODULES = ["virtio_pci", "virtio_console"]
-#: Modules without which there is no nested machine.
-NEEDED = [*_PORT_MODULES, "9pnet_virtio", "9p", "overlay", "kvm-amd"]
+_SHARE_MODULES = ["9pnet_virtio", "9p", "overlay"]
 # For the devices of machines inside; each is left out where the kernel has none.
 _OPTIONAL = ["tun", "vhost_net", "vhost_vsock"]
 _NO_SNAPSHOT = "VMM_NESTED_SNAPSHOT"  # set to 0: always boot
@@ -38,12 +36,15 @@ _BOOT_S = (90.0, 240.0)
 _RESTORE_S = 60.0
 
 
+def needed() -> list[str]:
+    """Modules without which there is no nested machine."""
+    return [*_PORT_MODULES, *_SHARE_MODULES, *native_nesting().KVM_MODULES]
+
+
 def find_parts(kernel: str | None) -> KernelTree:
     """Check that all a nested machine needs is here. HostError names what is missing."""
-    if os.uname().machine != "x86_64":
-        raise HostError(f"The nested machine needs an x86-64 host, this is {os.uname().machine}")
     find_qemu()
-    return find_kernel(NEEDED, kernel)
+    return find_kernel(needed(), kernel)
 
 
 class Machine:
@@ -56,7 +57,7 @@ class Machine:
     ) -> None:
         """Find the parts; see ``find_parts``."""
         tree = find_parts(kernel)
-        modules = [*NEEDED, *(name for name in _OPTIONAL if tree.modules.has(name))]
+        modules = [*needed(), *(name for name in _OPTIONAL if tree.modules.has(name))]
         self._initramfs = Initramfs(tree, modules, private_dir("nested", "initramfs"))
         self._plan = _boot_plan(self._initramfs, modules)
         self._image = tree.image
@@ -64,7 +65,8 @@ class Machine:
         self._cpus = cpus
         self._shares = shares
         # Warnings and above: the serial line is slow, but a panic without registers says nothing.
-        self._append = KERNEL_ARGS if verbose else f"{KERNEL_ARGS} loglevel=5"
+        args = native_nesting().KERNEL_ARGS
+        self._append = args if verbose else f"{args} loglevel=5"
 
     def run(self, pump: Callable[[Qemu], Pump], *, keep: bool) -> int:
         """Start a machine, hand it to ``pump`` and see that through; gives the exit status.
@@ -122,7 +124,7 @@ class Machine:
             draft.discard()
 
     def _qemu(self, ram: Snapshot | None = None, share: str = "") -> Qemu:
-        image = unpacked_kernel(self._image) or self._image
+        image = native_nesting().kernel_image(self._image) or self._image
         qemu = Qemu(image, memory=self._memory, cpus=self._cpus, append=self._append)
         if ram is not None:
             qemu.use_ram_file(ram.fds.pop(), self._memory, share)  # RAM is the last
@@ -149,10 +151,8 @@ class Machine:
         for path in (__file__, qemu_module.__file__):
             with open(path, "rb") as source:
                 parts.append(source.read())
-        # The guest measured the speed of this CPU's time stamp counter.
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            first = file.read(65536).partition("\n\n")[0].splitlines()
-        parts += [line for line in first if line.startswith(("model name", "bogomips"))]
+        nesting = native_nesting()
+        parts += [nesting.CPU, nesting.MACHINE, *nesting.measured()]
         parts.append(self._initramfs.key)
         return hashlib.sha256(repr(parts).encode(errors="replace")).hexdigest()[:32]
 
@@ -177,6 +177,6 @@ def _boot_plan(initramfs: Initramfs, modules: list[str]) -> Plan:
     for path in initramfs.load(modules):
         if path not in early:
             plan.add("module", path, "")
-    plan.add("require", "/dev/kvm", 2000, "/dev/kvm did not appear: kvm-amd found no SVM")
+    plan.add("require", "/dev/kvm", 2000, f"/dev/kvm did not appear: {native_nesting().NO_KVM}")
     plan.add("await")
     return plan

@@ -8,27 +8,22 @@ import shutil
 import signal
 import socket
 
+from vmm.arch.base import native_nesting
 from vmm.errors import HostError
 from vmm.guest.pump import MachineLost
 from vmm.nested.monitor import Monitor
 
-_PROGRAM = "qemu-system-x86_64"
 _PR_SET_PDEATHSIG = 1
-
-#: Kernel parameters that save time in a machine whose every instruction is emulated.
-KERNEL_ARGS = (
-    "console=ttyS0 reboot=t panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check "
-    "audit=0 random.trust_cpu=on cryptomgr.notests rodata=off"
-)
 
 
 def find_qemu() -> str:
-    """The path of QEMU's x86 system emulator. HostError names the package when it is missing."""
-    path = shutil.which(_PROGRAM)
+    """The path of QEMU's system emulator. HostError names the package when it is missing."""
+    nesting = native_nesting()
+    path = shutil.which(nesting.QEMU)
     if path is None:
         raise HostError(
-            f"The nested machine needs {_PROGRAM}, which is not installed: "
-            "install qemu-system-x86 (Debian)"
+            f"The nested machine needs {nesting.QEMU}, which is not installed: "
+            f"install {nesting.QEMU_PACKAGE} (Debian)"
         )
     return path
 
@@ -75,10 +70,10 @@ class Qemu:
         self._theirs: list[int] = []
         self.args = [find_qemu(), "-nodefaults", "-no-user-config", "-no-reboot"]
         self.args += ["-display", "none"]
-        self.args += ["-accel", "tcg,thread=multi", "-cpu", "max,-erms,-xsave"]
+        self.args += ["-accel", "tcg,thread=multi", "-cpu", native_nesting().CPU]
         self.args += ["-m", f"{memory >> 20}M", "-smp", str(cpus), "-kernel"]
         self.args += [kernel if isinstance(kernel, str) else self._pass(kernel)]
-        self.args += ["-append", append, "-machine", "pc"]
+        self.args += ["-append", append, "-machine", native_nesting().MACHINE]
         self.serial = self._socket("serial0")
         self.args += ["-serial", "chardev:serial0"]
         self.monitor = Monitor(self._socket("monitor"))
@@ -216,7 +211,7 @@ class Qemu:
 def _why_ended(status: int, log: bytearray) -> str:
     lines = log.decode(errors="replace").splitlines()
     for line in reversed(lines):
-        for mark in ("vmm-init: ", "Kernel panic - not syncing: ", "qemu-system-x86_64: "):
+        for mark in ("vmm-init: ", "Kernel panic - not syncing: ", f"{native_nesting().QEMU}: "):
             if mark in line:
                 return line[line.index(mark) :].strip()
     if status < 0:

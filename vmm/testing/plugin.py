@@ -152,13 +152,13 @@ def _marked(node: pytest.Item) -> dict[str, Any]:
 
 def _can_run() -> None:
     """Skips where KVM cannot boot Linux, and says what can be done."""
-    from vmm.host import cpu_extension
+    from vmm.arch.base import native_host
 
     if os.environ.get(NESTED):
         return
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         pytest.skip("/dev/kvm cannot be used here; --vmm-accel=nested brings one")
-    if not cpu_extension():
+    if not native_host().extension():
         pytest.skip("this machine's KVM cannot boot Linux; --vmm-accel=nested brings one that can")
 
 

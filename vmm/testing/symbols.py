@@ -6,12 +6,12 @@ import os
 import re
 from bisect import bisect_right
 
+from vmm.arch.base import native_kernels
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-#: An address of x86-64's kernel text or of a module, as oopses and registers have it.
-_ADDRESS = re.compile(r"\b(?:0x)?(ffffffff[89a-f][0-9a-f]{7})\b(?! *\(?[\w.]+\+0x)")
 _OFFSET = re.compile(r"Kernel Offset: 0x([0-9a-f]{1,16}) from")
 _FAR = 1 << 20  # a symbol is no name for what is further away
 _MAX_MAP = 64 << 20
@@ -45,7 +45,9 @@ class Symbols:
             name = self.name(int(match[1], 16) - offset)
             return f"{match[0]} ({name})" if name else match[0]
 
-        return _ADDRESS.sub(named, text)
+        # Of the kernel's text or of a module, as oopses and registers have it.
+        address = rf"\b(?:0x)?({native_kernels().TEXT_ADDRESS})\b(?! *\(?[\w.]+\+0x)"
+        return re.sub(address, named, text)
 
 
 def load(kernel: str) -> Symbols | None:
@@ -64,7 +66,8 @@ def load(kernel: str) -> Symbols | None:
 def _candidates(kernel: str) -> list[str]:
     folder, name = os.path.split(kernel)
     version = name.partition("-")[2]
-    top = os.path.normpath(os.path.join(folder, "..", "..", ".."))  # of arch/x86/boot
+    deep = native_kernels().BUILD_IMAGE.count("/")
+    top = os.path.normpath(os.path.join(folder, *[".."] * deep))
     found = [os.path.join(folder, f"System.map-{version}")] if version else []
     return [*found, *(os.path.join(place, "System.map") for place in (folder, top))]
 

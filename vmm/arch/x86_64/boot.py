@@ -5,12 +5,12 @@ Everything a file says is checked before it is used; what cannot be booted is a 
 
 from __future__ import annotations
 
+from vmm.arch.source import Source
 from vmm.arch.x86_64 import bzimage, elf, layout, linux
 from vmm.arch.x86_64.bzimage import BzImage
 from vmm.arch.x86_64.elf import Elf
-from vmm.arch.x86_64.request import Request
-from vmm.arch.source import Source
 from vmm.arch.x86_64.places import Places
+from vmm.arch.x86_64.request import Request
 from vmm.arch.x86_64.state import BootState, real_mode
 from vmm.errors import ConfigError
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from vmm.arch.x86_64 import layout
 from vmm.arch.source import Source
+from vmm.arch.x86_64 import layout
 from vmm.errors import BootError
 
 TYPE_CHECKING = False

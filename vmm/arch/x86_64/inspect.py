@@ -6,6 +6,7 @@ may have done to itself.
 
 from __future__ import annotations
 
+from vmm.arch.x86_64 import host
 from vmm.arch.x86_64.paging import CR0_PE, CR0_PG, EFER_LMA, levels, translate
 from vmm.diagnose import VcpuSnapshot, fields
 from vmm.errors import MemoryFault
@@ -41,6 +42,8 @@ PORTS = {0x20: "PIC", 0x21: "PIC", 0xA0: "PIC", 0xA1: "PIC", 0x40: "PIT", 0x43: 
          0x510: "fw_cfg", 0x511: "fw_cfg", 0xCF8: "PCI address", 0xCF9: "reset",
          0xCFC: "PCI data"}  # fmt: skip
 MAX_INSN = 15
+#: VM-entry failure due to invalid guest state. Intel SDM vol 3 §26.7.
+INVALID_STATE = 0x8000_0021
 #: Where Linux links its text. x86 mm.rst: __START_KERNEL_map.
 LINUX_TEXT = 0xFFFF_FFFF_8000_0000
 
@@ -193,7 +196,7 @@ class Snapshot(VcpuSnapshot):
             found.append("It is in the kernel's own text.")
         return found
 
-    def triple_fault(self, memory: GuestMemory) -> list[str]:
+    def undelivered(self, memory: GuestMemory) -> list[str]:
         """Guesses at why an exception could not be delivered."""
         sregs: dict[str, Any] = self.sregs
         found = []
@@ -220,6 +223,24 @@ class Snapshot(VcpuSnapshot):
             if translate(memory, sregs, sregs["gdt"]["base"]) is None:
                 found.append(f"The GDT at {sregs['gdt']['base']:#x} is not mapped.")
         return found
+
+    def not_emulated(self, memory: GuestMemory, given: bytes) -> list[str]:
+        text = self.current(memory, given)
+        what = f"'{text}'" if text else "the instruction at RIP"
+        if host.extension():
+            return [
+                f"KVM had to emulate {what} and cannot: is its operand in device memory, or no RAM?"
+            ]
+        guess = (
+            f"This host's KVM has {host.NO_EXTENSION} and emulates every instruction: it cannot "
+            f"emulate {what}, or an exception there could not be delivered. Try --accel nested."
+        )
+        return [guess, *self.undelivered(memory)]
+
+    def refused(self, reason: int) -> list[str]:
+        if reason & 0xFFFF_FFFF != INVALID_STATE:
+            return []
+        return ["The guest's state is invalid by Intel SDM vol 3 §26.3."]
 
     def port_name(self, port: int) -> str:
         """What usually answers a port, or nothing."""

@@ -6,16 +6,16 @@ from __future__ import annotations
 
 from vmm.arch.x86_64 import bzimage, layout
 from vmm.arch.x86_64.bootparams import BootParams
-from vmm.arch.x86_64.request import LINUX_CMDLINE_MAX
 from vmm.arch.x86_64.places import Places
+from vmm.arch.x86_64.request import LINUX_CMDLINE_MAX
 from vmm.arch.x86_64.state import PAGE_TABLES_SIZE, BootState, long_mode, protected_mode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from vmm.arch.source import Source
     from vmm.arch.x86_64.bzimage import BzImage
     from vmm.arch.x86_64.elf import Elf
     from vmm.arch.x86_64.request import Request
-    from vmm.arch.source import Source
 
 XEN = b"Xen"
 XEN_ELFNOTE_GUEST_OS = 6

@@ -10,14 +10,14 @@ import struct
 
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.elf import Elf
-from vmm.arch.x86_64.request import CMDLINE_MAX
 from vmm.arch.x86_64.places import Area, Places
+from vmm.arch.x86_64.request import CMDLINE_MAX
 from vmm.arch.x86_64.state import BootState, protected_mode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmm.arch.x86_64.request import Request
     from vmm.arch.source import Source
+    from vmm.arch.x86_64.request import Request
 
 HEADER_MAGIC = 0x1BADB002
 BOOTLOADER_MAGIC = 0x2BADB002

@@ -9,8 +9,8 @@ import struct
 
 from vmm.arch.x86_64 import layout
 from vmm.arch.x86_64.linux import XEN, elf_description, is_linux
-from vmm.arch.x86_64.request import CMDLINE_MAX, LINUX_CMDLINE_MAX
 from vmm.arch.x86_64.places import Area, Places
+from vmm.arch.x86_64.request import CMDLINE_MAX, LINUX_CMDLINE_MAX
 from vmm.arch.x86_64.state import BootState, protected_mode
 
 TYPE_CHECKING = False

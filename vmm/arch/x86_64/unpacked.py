@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from vmm.arch.x86_64 import bzimage, elf
 from vmm.arch.source import Source
+from vmm.arch.x86_64 import bzimage, elf
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from vmm.arch.base import Arch
     from vmm.arch.x86_64.state import BootState
     from vmm.board import Board
     from vmm.config import MachineConfig
@@ -126,3 +127,6 @@ class X86_64:
         from vmm.arch.x86_64.inspect import snapshot
 
         return snapshot(vcpu, mp_state(vcpu))
+
+
+ARCH: Arch = X86_64()
