@@ -117,6 +117,12 @@ int vmm_loop_pin(struct vmm_loop *loop, uint32_t cpu);
 /* Before it sleeps the thread looks for work for `us` microseconds, while work keeps coming
  * within that time. 0: it sleeps at once. */
 void vmm_loop_poll(struct vmm_loop *loop, uint32_t us);
+/* For tests that want devices without a thread: from borrow to return, both of which wait for the
+ * loop's thread, the loop runs on the caller's and there only in vmm_loop_step, which serves what
+ * is ready until nothing is, having waited for the first of it. Calls from there run at once. */
+void vmm_loop_borrow(struct vmm_loop *loop);
+void vmm_loop_step(struct vmm_loop *loop, int timeout_ms);
+void vmm_loop_return(struct vmm_loop *loop);
 
 /* ---- byte streams: what the guest printed --------------------------------------------------- */
 

@@ -12,6 +12,8 @@
 #include <unistd.h>
 
 #define MAX_SOURCES 1024
+/* Rounds of a borrowed loop that always has something to do, before its borrower hears of it. */
+#define STEPS 1000
 
 struct call {
 	void (*fn)(void *arg);
@@ -23,10 +25,12 @@ struct call {
 struct vmm_loop {
 	int epoll, wake;
 	pthread_t thread;
-	pthread_mutex_t lock; /* calls, stop, sources */
+	pthread_t runner; /* atomic: who dispatches, which is `thread` unless that is lent */
+	pthread_mutex_t lock; /* calls, stop, lent, sources */
 	pthread_cond_t cond;
 	struct call *calls;
-	bool stop;
+	bool stop, lent;
+	struct call lend; /* runs as long as the loop is lent */
 	uint64_t poll_ns; /* atomic */
 	struct vmm_source *sources[MAX_SOURCES]; /* index = epoll cookie */
 };
@@ -65,6 +69,27 @@ static int wait_events(struct vmm_loop *loop, struct epoll_event *events, int ma
 	return n;
 }
 
+static void dispatch(struct vmm_loop *loop, const struct epoll_event *events, int n)
+{
+	for (int i = 0; i < n; i++) {
+		struct vmm_source *src;
+		uint64_t junk;
+
+		if (events[i].data.u64 == MAX_SOURCES) {
+			if (read(loop->wake, &junk, sizeof(junk)) < 0)
+				continue; /* only EAGAIN is possible */
+			continue;
+		}
+		/* Looked up again each time: an earlier callback may have removed it. */
+		pthread_mutex_lock(&loop->lock);
+		src = loop->sources[events[i].data.u64];
+		pthread_mutex_unlock(&loop->lock);
+		if (src)
+			src->ready(src, events[i].events);
+	}
+	run_calls(loop);
+}
+
 static void *loop_main(void *arg)
 {
 	struct vmm_loop *loop = arg;
@@ -72,26 +97,9 @@ static void *loop_main(void *arg)
 	bool busy = false;
 
 	pthread_setname_np(pthread_self(), "vmm-io");
+	__atomic_store_n(&loop->runner, pthread_self(), __ATOMIC_RELAXED);
 	for (;;) {
-		int n = wait_events(loop, events, 32, &busy);
-
-		for (int i = 0; i < n; i++) {
-			struct vmm_source *src;
-			uint64_t junk;
-
-			if (events[i].data.u64 == MAX_SOURCES) {
-				if (read(loop->wake, &junk, sizeof(junk)) < 0)
-					continue; /* only EAGAIN is possible */
-				continue;
-			}
-			/* Looked up again each time: an earlier callback may have removed it. */
-			pthread_mutex_lock(&loop->lock);
-			src = loop->sources[events[i].data.u64];
-			pthread_mutex_unlock(&loop->lock);
-			if (src)
-				src->ready(src, events[i].events);
-		}
-		run_calls(loop);
+		dispatch(loop, events, wait_events(loop, events, 32, &busy));
 		pthread_mutex_lock(&loop->lock);
 		if (loop->stop && !loop->calls) {
 			pthread_mutex_unlock(&loop->lock);
@@ -151,6 +159,17 @@ static void wake(struct vmm_loop *loop)
 		;
 }
 
+/* Under the lock. */
+static void post(struct vmm_loop *loop, struct call *call)
+{
+	struct call **tail;
+
+	for (tail = &loop->calls; *tail; tail = &(*tail)->next)
+		;
+	*tail = call;
+	wake(loop);
+}
+
 void vmm_loop_destroy(struct vmm_loop *loop)
 {
 	if (!loop)
@@ -169,22 +188,63 @@ void vmm_loop_destroy(struct vmm_loop *loop)
 
 void vmm_loop_call(struct vmm_loop *loop, void (*fn)(void *arg), void *arg)
 {
-	struct call call = { .fn = fn, .arg = arg }, **tail;
+	struct call call = { .fn = fn, .arg = arg };
 
-	if (pthread_equal(pthread_self(), loop->thread)) {
+	if (pthread_equal(pthread_self(), __atomic_load_n(&loop->runner, __ATOMIC_RELAXED))) {
 		fn(arg);
 		return;
 	}
 	pthread_mutex_lock(&loop->lock);
-	for (tail = &loop->calls; *tail; tail = &(*tail)->next)
-		;
-	*tail = &call;
-	pthread_mutex_unlock(&loop->lock);
-	wake(loop);
-	pthread_mutex_lock(&loop->lock);
+	post(loop, &call);
 	while (!call.done)
 		pthread_cond_wait(&loop->cond, &loop->lock);
 	pthread_mutex_unlock(&loop->lock);
+}
+
+static void lend(void *arg)
+{
+	struct vmm_loop *loop = arg;
+
+	pthread_mutex_lock(&loop->lock);
+	loop->lent = true;
+	pthread_cond_broadcast(&loop->cond);
+	while (loop->lent)
+		pthread_cond_wait(&loop->cond, &loop->lock);
+	__atomic_store_n(&loop->runner, pthread_self(), __ATOMIC_RELAXED);
+	pthread_mutex_unlock(&loop->lock);
+}
+
+void vmm_loop_borrow(struct vmm_loop *loop)
+{
+	pthread_mutex_lock(&loop->lock);
+	loop->lend = (struct call){ .fn = lend, .arg = loop };
+	post(loop, &loop->lend);
+	while (!loop->lent)
+		pthread_cond_wait(&loop->cond, &loop->lock);
+	__atomic_store_n(&loop->runner, pthread_self(), __ATOMIC_RELAXED);
+	pthread_mutex_unlock(&loop->lock);
+}
+
+void vmm_loop_return(struct vmm_loop *loop)
+{
+	pthread_mutex_lock(&loop->lock);
+	loop->lent = false;
+	pthread_cond_broadcast(&loop->cond);
+	while (!loop->lend.done)
+		pthread_cond_wait(&loop->cond, &loop->lock);
+	pthread_mutex_unlock(&loop->lock);
+}
+
+void vmm_loop_step(struct vmm_loop *loop, int timeout_ms)
+{
+	struct epoll_event events[32];
+	int n = epoll_wait(loop->epoll, events, 32, timeout_ms);
+
+	for (int left = STEPS; n > 0 && left; left--) {
+		dispatch(loop, events, n);
+		n = epoll_wait(loop->epoll, events, 32, 0);
+	}
+	run_calls(loop);
 }
 
 int vmm_loop_pin(struct vmm_loop *loop, uint32_t cpu)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from tests.blk_requests import SECTORS, Disk, pattern, read
+from tests.virtio_rig import TRANSPORTS, Rig
 from vmm._native import ffi, lib
 from vmm.devices.virtio.device import Placement
+from vmm.devices.virtio.rng import Rng
 from vmm.errors import HostError
 from vmm.values import cpu_list
 
@@ -98,3 +101,34 @@ def test_lists_of_cpus(text: str, cpus: list[int]) -> None:
 def test_not_lists_of_cpus(text: str) -> None:
     with pytest.raises(ValueError, match="not a"):
         cpu_list(text)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_borrowed_loop_works_when_it_is_told_to(transport: str) -> None:
+    rig = Rig(Rng(), transport)
+    try:
+        lib.vmm_loop_borrow(rig.loop)
+        rig.driver.start()
+        queue = rig.driver.queues[0]
+        for n in (1, 2, 3):
+            queue.add([], [n])
+        queue.kick()
+        assert queue.take() is None
+        lib.vmm_loop_step(rig.loop, 5000)
+        assert [queue.wait(0)[1] for _ in range(3)] == [1, 2, 3]
+
+        other = threading.Thread(target=lib.vmm_loop_barrier, args=(rig.loop,))
+        other.start()
+        lib.vmm_loop_step(rig.loop, 5000)
+        other.join(5)
+        assert not other.is_alive(), "a call of another thread is done in a step, too"
+
+        queue.add([], [4])
+        queue.kick()
+        lib.vmm_loop_return(rig.loop)
+        assert queue.wait()[1] == 4
+        lib.vmm_loop_borrow(rig.loop)
+        rig.driver.reset()
+        lib.vmm_loop_return(rig.loop)
+    finally:
+        rig.close()
