@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import struct
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vmm._native import ffi, lib
 from vmm.bus import Bus
@@ -28,6 +28,7 @@ EVENT_IDX = 1 << 29
 RING_PACKED = 1 << 34
 RING_RESET = 1 << 40
 NEXT, WRITE, INDIRECT = 1, 2, 4
+_DATA = ffi.typeof("uint8_t[8]")
 
 
 class MmioRegs:
@@ -150,6 +151,7 @@ class PciRegs:
         self.bus = bus
         self.pci = config
         self.places: dict[int, int] = {}
+        self.bells: dict[int, int] = {}
         self.multiplier = 0
         self.msix = 0
         self.window = 0
@@ -218,7 +220,9 @@ class PciRegs:
         return self.places[2] + self.r(0x1E, 2) * self.multiplier
 
     def notify(self, queue: int) -> None:
-        self.bus.write(self.notify_address(queue), 2, queue)
+        if queue not in self.bells:
+            self.bells[queue] = self.notify_address(queue)
+        self.bus.write(self.bells[queue], 2, queue)
 
     def interrupts(self) -> int:
         """ISR bits, cleared."""
@@ -461,22 +465,16 @@ class VcpuBus(Bus):
         super().__init__(name, size, self.table)
         self.cold: list[tuple[int, int]] = []
 
-    def _native_first(self, addr: int, size: int, data: Any, write: bool) -> bool:
-        if lib.vmm_bus_access(self.table, addr, size, data, int(write)) == 0:
-            return True
-        self.cold.append((addr, size))
-        return False
-
     def read(self, addr: int, size: int) -> int:
-        data = ffi.new("uint8_t[8]")
-        if self._native_first(addr, size, data, False):
+        data = ffi.new(_DATA)
+        if lib.vmm_bus_access(self.table, addr, size, data, 0) == 0:
             return int.from_bytes(ffi.buffer(data, size), "little")
+        self.cold.append((addr, size))
         return super().read(addr, size)
 
     def write(self, addr: int, size: int, value: int) -> None:
-        if not self._native_first(
-            addr, size, ffi.new("uint8_t[8]", value.to_bytes(8, "little")), True
-        ):
+        if lib.vmm_bus_access(self.table, addr, size, value.to_bytes(8, "little"), 1) != 0:
+            self.cold.append((addr, size))
             super().write(addr, size, value)
 
     def close(self) -> None:

@@ -27,6 +27,9 @@ EVENT_IDX = 1 << F_EVENT_IDX
 INDIRECT = 1 << F_INDIRECT_DESC
 PACKED = 1 << F_RING_PACKED
 
+#: What a lap leaves of a packed descriptor.
+_USED_DESC = struct.pack("<14xH", DESC_F_AVAIL | DESC_F_USED)
+
 Buffers = list[tuple[int, int]]
 
 
@@ -178,12 +181,9 @@ class PackedRing(DriverRing):
         self.used_pos, self.used_wrap = self.pos, self.wrap
         self._waiting: dict[int, tuple[int, int]] = {}
         self._ids: dict[int, list[int]] = {}
-        self.memory.write(base, bytes(self.end - base))
-        for slot in range(self.size):  # as the last lap left it
-            lap = self.wrap if slot < self.pos else not self.wrap
-            self.memory.write_int(
-                self.place_of(slot) + 14, DESC_F_AVAIL | DESC_F_USED if lap else 0, 2
-            )
+        # As the last lap left it.
+        new, old = (_USED_DESC, bytes(16)) if self.wrap else (bytes(16), _USED_DESC)
+        self.memory.write(base, new * self.pos + old * (self.size - self.pos) + bytes(8))
 
     @property
     def state(self) -> tuple[int, int]:

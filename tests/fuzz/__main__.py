@@ -7,16 +7,16 @@ command that shows it again.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import tempfile
 import time
 from pathlib import Path
-from random import Random
 
 from tests.fuzz.executor import Executor, InProcess
 from tests.fuzz.qtest import OverSocket
-from tests.fuzz.session import Finding, Session
+from tests.fuzz.session import Dice, Finding, Session
 from tests.fuzz.targets import Target, targets
 
 #: What a device may come to need while it is fuzzed; a leak of one page a session is more.
@@ -58,7 +58,7 @@ def fuzz(
         log: list[str] = []
         try:
             while done < cases and time.monotonic() - began < seconds:
-                session = Session(executor, target, Random(f"{seed}/{name}/{start + nr}"))
+                session = Session(executor, target, Dice(f"{seed}/{name}/{start + nr}"))
                 log = session.log
                 done += session.run()
                 nr += 1
@@ -95,6 +95,9 @@ def main() -> int:
     parser.add_argument("--start", type=int, default=0, help="the first session's number")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="at most, each")
     options = parser.parse_args()
+    # What there is by now stays, and of what comes little is in cycles.
+    gc.freeze()
+    gc.set_threshold(100_000)
     seed = options.seed or os.urandom(4).hex()
     print(f"seed {seed}", flush=True)
     failed = 0

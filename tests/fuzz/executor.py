@@ -24,6 +24,55 @@ HIGH_RAM = 0x4_0000
 NAMES = list(VERDICTS)
 
 
+class Ram(GuestMemory):
+    """The two ranges, without a call to C for each access: that would cost more than the rest."""
+
+    def __init__(self) -> None:
+        super().__init__([(0, RAM), (HIGH, HIGH_RAM)])
+        self.low, self.high = super().view(0, RAM), super().view(HIGH, HIGH_RAM)
+
+    def view(self, gpa: int, size: int) -> memoryview:
+        end = gpa + size
+        if 0 <= gpa < end <= RAM:
+            return self.low[gpa:end]
+        return super().view(gpa, size)
+
+    def contains(self, gpa: int, size: int) -> bool:
+        if 0 <= gpa < gpa + size <= RAM:
+            return True
+        return super().contains(gpa, size)
+
+    def read(self, gpa: int, size: int) -> bytes:
+        end = gpa + size
+        if 0 <= gpa < end <= RAM:
+            return self.low[gpa:end].tobytes()
+        if HIGH <= gpa < end <= HIGH + HIGH_RAM:
+            return self.high[gpa - HIGH : end - HIGH].tobytes()
+        return super().read(gpa, size)
+
+    def read_int(self, gpa: int, size: int) -> int:
+        end = gpa + size
+        if 0 <= gpa < end <= RAM:
+            return int.from_bytes(self.low[gpa:end], "little")
+        return super().read_int(gpa, size)
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        end = gpa + len(data)
+        if 0 <= gpa < end <= RAM:
+            self.low[gpa:end] = data
+        elif HIGH <= gpa < end <= HIGH + HIGH_RAM:
+            self.high[gpa - HIGH : end - HIGH] = data
+        else:
+            super().write(gpa, data)
+
+    def write_int(self, gpa: int, value: int, size: int) -> None:
+        end = gpa + size
+        if 0 <= gpa < end <= RAM:
+            self.low[gpa:end] = value.to_bytes(size, "little")
+        else:
+            super().write_int(gpa, value, size)
+
+
 class Executor(Protocol):
     #: With the ranges (0, RAM) and (HIGH, HIGH_RAM).
     memory: Any
@@ -38,8 +87,15 @@ class Executor(Protocol):
         """How often the driver broke a queue, and the verdict of the last time; None when that
         cannot be seen from here."""
 
+    def on_thread(self, wanted: bool) -> None:
+        """Whether the device works at the same time as the driver, or in ``settle`` alone; where
+        there is a choice, which is made while the device is reset."""
+
     def settle(self) -> None:
         """Until everything the device was doing has been done."""
+
+    def rest(self) -> None:
+        """``settle``, for one that may be waiting for the host."""
 
     def close(self) -> None: ...
 
@@ -50,7 +106,7 @@ class InProcess:
     def __init__(self, device: VirtioDevice, transport: str) -> None:
         """Owns ``device``."""
         device.packed = True
-        self.memory = GuestMemory([(0, RAM), (HIGH, HIGH_RAM)])
+        self.memory = Ram()
         self.loop: Any = lib.vmm_loop_create()
         device.attach(self.memory, self.loop)
         self.rig = virtio_mock.Rig(transport, device, self.memory)
@@ -59,6 +115,7 @@ class InProcess:
         self.sizes = device.QUEUE_SIZES
         self._native = self.rig.core.native
         self._loops = [self.loop, *(thread.native for thread in device.io_threads())]
+        self._borrowed = False
 
     def broken(self) -> bool:
         return bool(lib.vmm_virtio_status(self._native) & virtio_mock.NEEDS_RESET)
@@ -67,13 +124,30 @@ class InProcess:
         report = self.device._reports[queue]
         return report.breaks, NAMES[report.verdict]
 
+    def on_thread(self, wanted: bool) -> None:
+        self.rig.bus.cold.clear()  # a record that nobody reads here
+        if wanted == self._borrowed:
+            for loop in self._loops:
+                (lib.vmm_loop_return if wanted else lib.vmm_loop_borrow)(loop)
+            self._borrowed = not wanted
+
     def settle(self) -> None:
+        self._go_on(0)
+
+    def rest(self) -> None:
+        self._go_on(20)
+
+    def _go_on(self, ms: int) -> None:
         for loop in self._loops:
-            lib.vmm_loop_barrier(loop)
+            if self._borrowed:
+                lib.vmm_loop_step(loop, ms)
+            else:
+                lib.vmm_loop_barrier(loop)
         if isinstance(self.device, Twin):
             self.device.serve()
 
     def close(self) -> None:
+        self.on_thread(True)
         self.rig.close()
         lib.vmm_loop_destroy(self.loop)
         self.memory.close()

@@ -53,6 +53,11 @@ class Mirror(GuestMemory):
             self._fetch(gpa, size)
         return super().read(gpa, size)
 
+    def view(self, gpa: int, size: int) -> memoryview:
+        """To be read, and of no use after the next access to a register."""
+        self._fetch(gpa, size)
+        return super().view(gpa, size)
+
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         size = len(data)
         if not size:
@@ -141,6 +146,12 @@ class OverSocket:
 
     def breaks(self, queue: int) -> tuple[int, str] | None:
         return None
+
+    def on_thread(self, wanted: bool) -> None:
+        pass
+
+    def rest(self) -> None:
+        self.settle()
 
     def settle(self) -> None:
         self._mirror.flush()

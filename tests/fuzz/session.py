@@ -23,7 +23,9 @@ from tests.fuzz.targets import Target
 from tests.virtio_mock import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, VERSION_1
 from tests.virtio_mutations import MUTATIONS, Layout
 from tests.virtio_ring import EVENT_IDX, INDIRECT, PACKED, RINGS, DriverRing, PackedRing
+from vmm.devices.virtio.packed import PackedQueue
 from vmm.devices.virtio.queue import Chain, Queue
+from vmm.devices.virtio.split import SplitQueue
 
 BASE, TABLES, BUFFERS, END = 0x1000, 0x4000, 0x6000, 0x1_8000
 OTHERS = 0x2_0000
@@ -35,10 +37,25 @@ NAMES = sorted(MUTATIONS)
 SIZES = (2, 4, 8, 16, 16, 16)
 ODD_SIZES = (3, 5, 7, 13)
 PATIENCE_S = 5.0
+ZEROS = bytes(END)
+#: Guest memory as it was before the device was told, by address. One session at a time.
+KEPT = {0: bytearray(END), HIGH: bytearray(HIGH_USED)}
 
 
 class Finding(AssertionError):
     """The device did what it must not, or not what it must."""
+
+
+class Dice(Random):
+    """With less ado than its base, which is careful about ranges that nobody has here."""
+
+    def choice(self, seq: Any) -> Any:
+        return seq[int(self.random() * len(seq))]
+
+    def randrange(self, start: int, stop: int | None = None, step: int = 1) -> int:
+        if stop is None:
+            return int(self.random() * start)
+        return start + int(self.random() * (stop - start))
 
 
 class Spy:
@@ -73,17 +90,23 @@ class Foretold:
 
 def foretell(memory: Any, ring: DriverRing, twin: Queue, *, lazy: bool = False) -> Foretold:
     """``lazy``: of a device that gives nothing back meanwhile."""
-    q = Queue(memory, ring.size, ring.desc, ring.avail, ring.used, features_of(twin), twin.state)
+    q = twin_of(memory, ring, features_of(twin), twin.state)
+    steps: dict[int, int] = getattr(q, "_taken", {})
     chains, taken = [], []
     while (chain := q.pop()) is not None:
         chains.append(chain)
-        taken.append(getattr(q, "_taken", {}).get(chain.head, 1))
+        taken.append(steps.get(chain.head, 1))
         if not lazy:
-            q._inflight.pop(chain.head)
-            getattr(q, "_taken", {}).pop(chain.head, None)
+            del q._inflight[chain.head]
+            steps.pop(chain.head, None)
         if len(chains) > 70000:
             raise Finding("the twin does not come to an end")
     return Foretold(q.verdict, chains, taken)
+
+
+def twin_of(memory: Any, ring: DriverRing, features: int, at: tuple[int, int]) -> Queue:
+    kind = PackedQueue if features & PACKED else SplitQueue
+    return kind(memory, ring.size, ring.desc, ring.avail, ring.used, features, at)
 
 
 def features_of(q: Queue) -> int:
@@ -126,12 +149,14 @@ class Session:
         regs.status = 0
         if regs.status:
             raise Finding("the device does not reset")
+        # Most sessions take turns with the device; what comes of doing without is the others'.
+        self.executor.on_thread(not r.getrandbits(3))
         regs.status = ACKNOWLEDGE | DRIVER
         self.features = self.negotiate(form)
         sizes = SIZES + ODD_SIZES if form == "packed" else SIZES
         size = min(r.choice(sizes), self.executor.sizes[self.queue])
-        self.memory.write(0, bytes(END))
-        self.memory.write(HIGH, bytes(HIGH_USED // 2))
+        self.memory.write(0, ZEROS)
+        self.memory.write(HIGH, ZEROS[: HIGH_USED // 2])
         self.ring = RINGS[form](self.memory, size, BASE)
         self.twin = self.new_twin()
         self.at, self.table, self.high = BUFFERS, TABLES, 0
@@ -151,16 +176,7 @@ class Session:
             raise Finding("the device fails at once")
 
     def new_twin(self) -> Queue:
-        ring = self.ring
-        return Queue(
-            self.memory,
-            ring.size,
-            ring.desc,
-            ring.avail,
-            ring.used,
-            self.features,
-            ring.state,
-        )
+        return twin_of(self.memory, self.ring, self.features, self.ring.state)
 
     def enable(self) -> None:
         ring = self.ring
@@ -340,7 +356,7 @@ class Session:
     def judge(self, told: Foretold, lazy: Foretold, *, good: bool = False) -> bool:
         """Let the device go, and compare. True when the queue is broken. ``lazy`` differs from
         ``told`` where it matters how fast a device is; ``good``: no buffers overlap."""
-        before, high = self.memory.read(0, END), self.memory.read(HIGH, HIGH_USED)
+        self.keep()
         clear = (told.verdict, len(told.chains)) == (lazy.verdict, len(lazy.chains))
         self.regs.notify(self.queue)
         broken = self.wait(told, clear)
@@ -349,16 +365,20 @@ class Session:
             self.regs.status = 0  # nothing is in flight from here on
         self.check_answers()
         if not self.target.discards:
-            self.check_memory(before, high)
             if good:
-                self.check_rest(before, high)
+                self.check_rest()
+            self.check_memory()
         return broken
+
+    def keep(self) -> None:
+        for start, old in KEPT.items():
+            memoryview(old)[:] = self.memory.view(start, len(old))
 
     def wait(self, told: Foretold, clear: bool) -> bool:
         deadline = time.monotonic() + PATIENCE_S
         rounds = 0
+        self.executor.settle()
         while True:
-            self.executor.settle()
             if self.executor.broken():
                 return True
             rounds += 1
@@ -371,6 +391,10 @@ class Session:
                 want = told.verdict if told.broken else f"{len(told.chains)} answers"
                 got = len(self.answered())
                 raise Finding(f"{want} foretold, and {got} answers came in {PATIENCE_S} s")
+            if sure:
+                self.executor.rest()
+            else:
+                self.executor.settle()
 
     def check_verdict(self, told: Foretold, lazy: Foretold) -> None:
         now = self.executor.breaks(self.queue)
@@ -422,7 +446,7 @@ class Session:
             if length > room:
                 raise Finding(f"{length} bytes used of {room}")
 
-    def check_rest(self, before: bytes, high: bytes) -> None:
+    def check_rest(self) -> None:
         """What used.len does not count is as it was, but for a status byte at the end."""
         chains = {chain.head: chain for chain, _ in self.waiting}
         for head, length in self.answered():
@@ -430,24 +454,23 @@ class Session:
             for nr, (gpa, size) in enumerate(chains[head].writable, 1):
                 start, offset = max(0, -offset), offset + size
                 end = size - int(self.target.status and nr == len(chains[head].writable))
-                old = high[gpa - HIGH :] if gpa >= HIGH else before[gpa:]
-                if start < end and self.memory.read(gpa, end)[start:] != old[start:end]:
+                base = HIGH if gpa >= HIGH else 0
+                old = KEPT[base][gpa - base + start : gpa - base + end]
+                if start < end and self.memory.read(gpa + start, end - start) != old:
                     raise Finding(f"more than {length} bytes were written, at {gpa:#x}")
 
-    def check_memory(self, before: bytes, high: bytes) -> None:
+    def check_memory(self) -> None:
         """Nothing changed but what the device may write of the queue, and what was writable."""
         allowed = self.ring.device_writes
         allowed += [part for chain, _ in self.waiting for part in chain.writable]
-        for start, old in ((0, before), (HIGH, high)):
-            now = bytearray(self.memory.read(start, len(old)))
-            if now == old:
-                continue
+        for start, old in KEPT.items():
+            now, view = self.memory.view(start, len(old)), memoryview(old)
             for gpa, size in allowed:
                 at = gpa - start
                 if 0 <= at < len(old):
-                    now[at : at + size] = old[at : at + size]
-            if now[: len(old)] != old:
-                wrong = next(i for i, (a, b) in enumerate(zip(now, old, strict=False)) if a != b)
+                    view[at : at + size] = now[at : at + size]
+            if old != now:
+                wrong = next(i for i, (a, b) in enumerate(zip(now, old, strict=True)) if a != b)
                 raise Finding(f"the device wrote at {start + wrong:#x}, which it was not given")
 
 
