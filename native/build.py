@@ -2,7 +2,8 @@
 
 What Python may see of a C header stands between ``/* cdef: begin */`` and ``/* cdef: end */``;
 those parts are handed to cffi as they are, so nothing is declared twice. ``*.cdef`` files name
-what comes from the kernel's own headers, where the compiler supplies numbers and layouts.
+what comes from the kernel's own headers, where the compiler supplies numbers and layouts; of
+``arch_*.cdef`` only that of the machine it is built for is taken.
 
 ``VMM_SANITIZE=1`` builds with ASan and UBSan.
 """
@@ -25,7 +26,9 @@ GLUE = ["-Wno-missing-field-initializers", "-Wno-unused-parameter", "-Wno-sign-c
 
 
 def cdefs() -> str:
-    parts = [path.read_text() for path in sorted(NATIVE.glob("*.cdef"))]
+    here = f"arch_{os.uname().machine}.cdef"
+    names = sorted(NATIVE.glob("*.cdef"))
+    parts = [p.read_text() for p in names if not p.name.startswith("arch_") or p.name == here]
     for path in headers():
         parts += re.findall(
             r"/\* cdef: begin \*/(.*?)/\* cdef: end \*/", path.read_text(), re.DOTALL

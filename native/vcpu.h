@@ -11,7 +11,7 @@ enum {
 	VMM_EV_PIO,	   /* data: for a read, fill it before the next vmm_vcpu_run */
 	VMM_EV_MMIO,
 	VMM_EV_HLT,
-	VMM_EV_SHUTDOWN,   /* triple fault */
+	VMM_EV_SHUTDOWN,   /* an exception could not be delivered */
 	VMM_EV_INTERNAL,   /* extra[0] = suberror, extra[1..] = its data */
 	VMM_EV_FAIL_ENTRY, /* extra[0] = hardware_entry_failure_reason */
 	VMM_EV_SYSTEM,	   /* extra[0] = KVM_SYSTEM_EVENT_* */

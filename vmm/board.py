@@ -105,6 +105,8 @@ class Board:
         #: but a vCPU's.
         self.on_pause: Callable[[], None] = lambda: None
         self.paused: Callable[[], bool] = lambda: False
+        #: Asks the guest to shut down; None without one.
+        self.power_button: Callable[[], None] | None = None
         #: A device's own thread raised, which ends the machine. Any thread.
         self.on_error: Callable[[BaseException], None] = lambda error: None
 

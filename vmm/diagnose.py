@@ -32,18 +32,15 @@ INSTRUCTION_BYTES = 1
 class VcpuSnapshot:
     """One vCPU at one moment; each architecture has its own kind.
 
-    ``regs`` and ``sregs`` are what KVM_GET_REGS and KVM_GET_SREGS said, by field name; ``state``
-    is what the vCPU is doing (running, halted, waiting for its start), or empty.
+    ``regs`` are its general registers by name; ``state`` is what the vCPU is doing (running,
+    halted, waiting for its start), or empty.
     """
 
-    __slots__ = ("index", "regs", "sregs", "state")
+    __slots__ = ("index", "regs", "state")
 
-    def __init__(
-        self, index: int, regs: dict[str, int], sregs: dict[str, Any], state: str = ""
-    ) -> None:
+    def __init__(self, index: int, regs: dict[str, int], state: str = "") -> None:
         self.index = index
         self.regs = regs
-        self.sregs = sregs
         self.state = state
 
     def mode(self) -> str:

@@ -47,8 +47,9 @@ def by_device(reason: str, status: int) -> End:
     return End(reason, status, _MESSAGES.get(reason, reason))
 
 
-def by_event(index: int, event: Any) -> End:
-    """vCPU ``index`` came back with something that no device answers."""
+def by_event(index: int, event: Any, shutdown: str) -> End:
+    """vCPU ``index`` came back with something that no device answers. ``shutdown``: what it did
+    when KVM says KVM_EXIT_SHUTDOWN."""
     if event.kind == lib.VMM_EV_SYSTEM:
         reason = {
             lib.KVM_SYSTEM_EVENT_SHUTDOWN: "poweroff",
@@ -57,7 +58,7 @@ def by_event(index: int, event: Any) -> End:
         return by_device(reason, 255 if reason == "panic" else 0)
     text = {
         lib.VMM_EV_HLT: "halted with no interrupt that could wake it",
-        lib.VMM_EV_SHUTDOWN: "triple-faulted",
+        lib.VMM_EV_SHUTDOWN: shutdown,
         lib.VMM_EV_INTERNAL: "did what this host's KVM cannot run",
         lib.VMM_EV_FAIL_ENTRY: "could not be entered (bad CPU state)",
         lib.VMM_EV_DEBUG: "raised a debug exit nobody asked for",
@@ -68,14 +69,20 @@ def by_event(index: int, event: Any) -> End:
 
 
 def result(
-    end: End, consoles: list[CharDev], diagnosis: str, started_at: float, first_run_ns: int
+    end: End,
+    consoles: list[CharDev],
+    silence: str,
+    diagnosis: str,
+    started_at: float,
+    first_run_ns: int,
 ) -> RunResult:
-    """The run in one object. ``diagnosis``: what the vCPUs say; what the console says is added."""
+    """The run in one object. ``diagnosis``: what the vCPUs say; what the console says is added,
+    or ``silence`` when it says nothing."""
     for port in consoles:
         port.finish()
     text = consoles[-1].console.tail(CONSOLE_TAIL) if consoles else ""
     if end.reason in ("panic", "timeout", "watchdog", "lost") and consoles:
-        diagnosis = "\n".join(filter(None, [diagnosis, _from_console(text)]))
+        diagnosis = "\n".join(filter(None, [diagnosis, _from_console(text, silence)]))
     first = first_run_ns / 1e9
     return RunResult(
         status=end.status,
@@ -88,11 +95,11 @@ def result(
     )
 
 
-def _from_console(text: str) -> str:
+def _from_console(text: str, silence: str) -> str:
     """The worst report a kernel printed, cut out, and a guess at what it means."""
     from vmm import oops
 
     report = oops.worst(oops.scan(text))
-    hint = oops.guess(text)
+    hint = oops.guess(text) if text.strip() else silence
     lines = [f"the kernel reported ({report.kind}):", report.text] if report else []
     return "\n".join([*lines, f"guess: {hint}"] if hint else lines)

@@ -89,7 +89,7 @@ class GuestPanic(GuestError):
 
 
 class GuestLost(GuestError):
-    """The guest vanished: triple fault, emulation failure, or an exit nobody handles."""
+    """The guest vanished: it could not go on, or left KVM in a way that nobody handles."""
 
 
 class GuestTimeout(GuestError):

@@ -13,9 +13,6 @@ if TYPE_CHECKING:
 
     from vmm.kvm import Vm
 
-_IOAPIC_PINS = 24
-_PIC_PINS = 8
-
 
 class IrqLine:
     """One interrupt source. C code raises it through ``native`` (struct vmm_irq *)."""
@@ -169,13 +166,16 @@ NullIrqChip = IrqChip
 
 
 class KvmIrqChip(IrqChip):
-    """KVM's PIC, IOAPIC and local APICs. Owns the GSI routing table of the VM."""
+    """KVM's own interrupt controllers. Owns the GSI routing table of the VM."""
 
-    def __init__(self, vm: Vm) -> None:
+    def __init__(self, vm: Vm, pins: list[dict[str, int]], first: int) -> None:
+        """``pins`` are the routes to the controllers' pins, as ``Vm.set_gsi_routing`` takes them;
+        GSIs from ``first`` on are for messages."""
         self._vm = vm
+        self._pins = pins
         self._vectors: dict[int, MsiVector] = {}
         self._edges: list[tuple[int, int]] = []
-        self._next = _IOAPIC_PINS
+        self._next = first
         self._free: list[int] = []
         vm.set_gsi_routing(self._table())
 
@@ -205,20 +205,8 @@ class KvmIrqChip(IrqChip):
             vector.gsi = -1
 
     def _table(self) -> list[dict[str, int]]:
-        """The chips' pins as on a PC, then one entry per message."""
-        master, slave = int(lib.KVM_IRQCHIP_PIC_MASTER), int(lib.KVM_IRQCHIP_PIC_SLAVE)
-        ioapic = int(lib.KVM_IRQCHIP_IOAPIC)
-        routes = [
-            {"gsi": pin, "chip": master if pin < _PIC_PINS else slave, "pin": pin % _PIC_PINS}
-            for pin in range(2 * _PIC_PINS)
-        ]
-        # The PIT is wired to GSI 0 and arrives at IOAPIC pin 2.
-        routes += [
-            {"gsi": 0 if pin == 2 else pin, "chip": ioapic, "pin": pin}
-            for pin in range(1, _IOAPIC_PINS)
-        ]
-        routes += [
+        """The controllers' pins, then one entry per message."""
+        return self._pins + [
             {"gsi": gsi, "msi": 1, "address": v.addr, "data": v.data}
             for gsi, v in sorted(self._vectors.items())
         ]
-        return routes

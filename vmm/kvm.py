@@ -29,8 +29,6 @@ _HINTS = {
     ("KVM_CREATE_VCPU", errno.EINVAL): "Ask for fewer with --cpus.",
     ("KVM_CREATE_VCPU", errno.ENOMEM): "The host is out of memory.",
     ("KVM_SET_USER_MEMORY_REGION", errno.EINVAL): "Ask for less with --memory.",
-    ("KVM_SET_CPUID2", errno.EINVAL): "The host does not accept these CPU features; see --cpu.",
-    ("KVM_SET_CPUID2", errno.E2BIG): "Too many CPUID leaves for this kernel.",
 }
 
 
@@ -65,8 +63,9 @@ class Fd:
 class Kvm(Fd):
     """The system descriptor: /dev/kvm."""
 
-    def __init__(self, path: str = DEV_KVM) -> None:
-        super().__init__(_open(path))
+    def __init__(self, path: str = DEV_KVM, *, modules: Sequence[str] = ()) -> None:
+        """``modules``: what makes it, for advice. Raises HostError."""
+        super().__init__(_open(path, modules))
         try:
             version = call(self.fd, "KVM_GET_API_VERSION")
         except KvmError as e:
@@ -94,35 +93,6 @@ class Kvm(Fd):
             except KvmError as e:
                 if e.errno != errno.EINTR:
                     raise
-
-    def supported_cpuid(self) -> list[tuple[int, ...]]:
-        """KVM_GET_SUPPORTED_CPUID: (function, index, flags, eax, ebx, ecx, edx) each."""
-        for room in (128, 256, 1024):
-            table = ffi.new("struct kvm_cpuid2 *", {"nent": room, "entries": room})
-            try:
-                call(self.fd, "KVM_GET_SUPPORTED_CPUID", table)
-            except KvmError as e:
-                if e.errno == errno.E2BIG and room < 1024:
-                    continue
-                raise
-            return [
-                (e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx)
-                for e in ffi.unpack(table.entries, table.nent)
-            ]
-        raise AssertionError("unreachable")
-
-    def msr_indices(self) -> list[int]:
-        """KVM_GET_MSR_INDEX_LIST: the MSRs this host lets us set."""
-        for room in (512, 4096):
-            table = ffi.new("struct kvm_msr_list *", {"nmsrs": room, "indices": room})
-            try:
-                call(self.fd, "KVM_GET_MSR_INDEX_LIST", table)
-            except KvmError as e:
-                if e.errno == errno.E2BIG and room < 4096:
-                    continue
-                raise
-            return list(ffi.unpack(table.indices, table.nmsrs))
-        raise AssertionError("unreachable")
 
 
 class Vm(Fd):
@@ -214,32 +184,15 @@ class Vcpu(Fd):
         """A KVM_SET_* ioctl."""
         call(self.fd, name, value, what=f"on vCPU {self.index}")
 
-    def set_cpuid(self, entries: Sequence[tuple[int, ...]]) -> None:
-        """(function, index, flags, eax, ebx, ecx, edx) each. KVM api.rst §4.66."""
-        table = ffi.new("struct kvm_cpuid2 *", {"nent": len(entries), "entries": len(entries)})
-        for i, entry in enumerate(entries):
-            table.entries[i] = entry
-        self.set("KVM_SET_CPUID2", table)
 
-    def set_msrs(self, msrs: list[tuple[int, int]]) -> None:
-        """(index, value) each. Raises KvmError naming the first MSR KVM refused."""
-        table = ffi.new("struct kvm_msrs *", {"nmsrs": len(msrs), "entries": len(msrs)})
-        for i, (index, value) in enumerate(msrs):
-            table.entries[i].index = index
-            table.entries[i].data = value
-        done = call(self.fd, "KVM_SET_MSRS", table, what=f"on vCPU {self.index}")
-        if done != len(msrs):
-            raise KvmError("KVM_SET_MSRS", errno.EINVAL, f"for MSR {msrs[done][0]:#x}")
-
-
-def _open(path: str) -> int:
+def _open(path: str, modules: Sequence[str]) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as e:
-        raise HostError(explain_open(path, e), errno=e.errno) from e
+        raise HostError(explain_open(path, e, modules), errno=e.errno) from e
 
 
-def explain_open(path: str, error: OSError) -> str:
+def explain_open(path: str, error: OSError, modules: Sequence[str] = ()) -> str:
     """One sentence on why /dev/kvm could not be opened and what to do."""
     if error.errno in (errno.EACCES, errno.EPERM):
         try:
@@ -252,9 +205,10 @@ def explain_open(path: str, error: OSError) -> str:
             "Add yourself to its group ('sudo usermod -aG kvm $USER', then log in again)."
         )
     if error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
+        how = f" (modprobe {' or '.join(modules)})" if modules else ""
         return (
-            f"{path} is not there: {error.strerror}. Load the module (modprobe kvm_intel or "
-            "kvm_amd), enable virtualization in the firmware, or use 'vmm run --accel nested'."
+            f"{path} is not there: {error.strerror}. Load the module{how}, enable virtualization "
+            "in the firmware, or use 'vmm run --accel nested'."
         )
     return f"{path} could not be opened: {error.strerror}."
 

@@ -21,7 +21,7 @@ from vmm.config import MachineConfig
 from vmm.ending import End
 from vmm.errors import GuestLost, HostError, VmmError
 from vmm.irq import IrqChip
-from vmm.kvm import Kvm, Vm
+from vmm.kvm import Kvm, Vcpu, Vm
 from vmm.memory import GuestMemory
 from vmm.result import RunResult
 from vmm.vcpus import CpuThread
@@ -117,7 +117,7 @@ class Machine:
         return config
 
     def _build(self) -> None:
-        kvm = self._kvm = Kvm()
+        kvm = self._kvm = Kvm(modules=self._arch.kvm_modules)
         kvm.require(*self._arch.required_caps)
         most = kvm.check("KVM_CAP_MAX_VCPUS")
         if self.config.cpus > most:
@@ -143,11 +143,14 @@ class Machine:
         for index in range(self.config.cpus):
             vcpu = vm.create_vcpu(index)
             try:
-                self._vcpus.append(CpuThread(self._native, vcpu, kvm.vcpu_mmap_size))
+                self._vcpus.append(self._cpu_thread(vcpu, kvm.vcpu_mmap_size))
             except BaseException:
                 vcpu.close()
                 raise
             self._arch.setup_vcpu(vcpu, plan, self._image)
+
+    def _cpu_thread(self, vcpu: Vcpu, run_size: int) -> CpuThread:
+        return CpuThread(self._native, vcpu, run_size, self._arch.registers)
 
     def start(self) -> Self:
         """Build the machine and let it run. Raises BootError, HostError, KvmError."""
@@ -219,7 +222,7 @@ class Machine:
                 else:
                     event.data = bus.read(event.addr, event.size)
             return True
-        self._finish(ending.by_event(index, event))
+        self._finish(ending.by_event(index, event, self._arch.shutdown))
         return False
 
     def _on_error(self, error: BaseException) -> None:
@@ -351,6 +354,7 @@ class Machine:
         return ending.result(
             end,
             self._consoles(),
+            self._arch.silence,
             self._diagnose(end) if end.event is not None else self._late_diagnosis,
             self._started_at,
             int(lib.vmm_vm_first_run_ns(self._native)),
@@ -454,12 +458,12 @@ class Machine:
                 device.resumed()
 
     def press_power_button(self) -> None:
-        """Ask the guest to shut down, as ACPI's power button does."""
-        pm = self._board.find("acpi-pm") if self._board is not None else None
-        if pm is None:
+        """Ask the guest to shut down, as a computer's power button does."""
+        press = self._board.power_button if self._board is not None else None
+        if press is None:
             raise VmmError("This machine has no power button.")
         with self._device_lock:
-            pm.press_power_button()  # type: ignore[attr-defined]
+            press()
 
     @property
     def memory(self) -> GuestMemory:

@@ -85,11 +85,6 @@ _HINTS = (
         "/dev/console, or the kernel CONFIG_DEVTMPFS_MOUNT",
     ),
 )
-_SILENT = (
-    "the guest printed nothing: a Linux kernel needs console=ttyS0 on its command line and "
-    "CONFIG_SERIAL_8250_CONSOLE=y (or console=hvc0 and CONFIG_VIRTIO_CONSOLE); "
-    "earlyprintk=ttyS0 shows how far an early failure got"
-)
 
 
 class Report:
@@ -153,6 +148,4 @@ def guess(text: str) -> str | None:
     """Why the guest did not come up, in words, from all it printed; None without an idea."""
     import re
 
-    if not text.strip():
-        return _SILENT
     return next((hint for pattern, hint in _HINTS if re.search(pattern, text)), None)

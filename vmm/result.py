@@ -12,7 +12,7 @@ REASONS = (
     "debug-exit",  # the guest wrote its own status to the debug exit port
     "panic",  # the guest's kernel panicked
     "watchdog",  # the guest did not feed its watchdog
-    "lost",  # triple fault, emulation failure, an exit nobody handles
+    "lost",  # it could not go on, or an exit that nobody handles
     "timeout",  # the deadline passed
     "stopped",  # Machine.stop() or SIGTERM
     "interrupted",  # Ctrl-C

@@ -25,47 +25,54 @@ MAX_COUNTS = 512
 
 
 class Registers:
-    """A vCPU's general registers by name (rax … r15, rip, rflags), read when made.
+    """A vCPU's general registers by the architecture's names, read when made.
 
     Assigning writes through to the vCPU. Only while the machine is paused or not running.
     """
 
-    _vcpu: Vcpu
-    _raw: Any
+    _values: dict[str, int]
+    _write: Callable[[str, int], None]
 
-    def __init__(self, vcpu: Vcpu) -> None:
-        object.__setattr__(self, "_vcpu", vcpu)
-        object.__setattr__(self, "_raw", vcpu.get("KVM_GET_REGS", "kvm_regs"))
+    def __init__(self, values: dict[str, int], write: Callable[[str, int], None]) -> None:
+        object.__setattr__(self, "_values", values)
+        object.__setattr__(self, "_write", write)
 
     def __getattr__(self, name: str) -> int:
         try:
-            return int(getattr(self._raw, name))
-        except AttributeError:
+            return self._values[name]
+        except KeyError:
             raise AttributeError(f"no register {name!r}") from None
 
     def __setattr__(self, name: str, value: int) -> None:
-        if name not in self.names():
+        if name not in self._values:
             raise AttributeError(f"no register {name!r}")
-        setattr(self._raw, name, value)
-        self._vcpu.set("KVM_SET_REGS", self._raw)
+        self._write(name, value)
+        self._values[name] = value
 
-    @staticmethod
-    def names() -> list[str]:
-        return [name for name, _ in ffi.typeof("struct kvm_regs").fields]
+    def names(self) -> list[str]:
+        return list(self._values)
 
     def as_dict(self) -> dict[str, int]:
-        return {name: int(getattr(self._raw, name)) for name in self.names()}
+        return dict(self._values)
 
     def __repr__(self) -> str:
-        return " ".join(f"{k}={v:#x}" for k, v in self.as_dict().items())
+        return " ".join(f"{k}={v:#x}" for k, v in self._values.items())
 
 
 class CpuThread:
     """One vCPU and the thread that runs it. Owns the vCPU's descriptor and run area."""
 
-    def __init__(self, native_vm: Any, vcpu: Vcpu, run_size: int) -> None:
+    def __init__(
+        self,
+        native_vm: Any,
+        vcpu: Vcpu,
+        run_size: int,
+        registers: Callable[[Vcpu], Registers],
+    ) -> None:
+        """``registers`` reads the vCPU's."""
         self.index = vcpu.index
         self.vcpu = vcpu
+        self._registers = registers
         self._native_vm = native_vm
         self._native = lib.vmm_vcpu_create(native_vm, vcpu.fd, vcpu.index, run_size)
         if self._native == ffi.NULL:
@@ -122,12 +129,7 @@ class CpuThread:
     @property
     def regs(self) -> Registers:
         """General registers; the machine must be paused or ended."""
-        return Registers(self.vcpu)
-
-    @property
-    def sregs(self) -> Any:
-        """struct kvm_sregs, as KVM has it now."""
-        return self.vcpu.get("KVM_GET_SREGS", "kvm_sregs")
+        return self._registers(self.vcpu)
 
     def history(self) -> list[Any]:
         """The last exits, oldest first: struct vmm_exit each."""

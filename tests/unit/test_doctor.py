@@ -41,7 +41,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
     """Examine a host with these properties."""
 
     def examine(*, extension: str = "vmx", kvm: object = None, nested: str | None = None) -> Report:
-        def open_kvm() -> object:
+        def open_kvm(**_: object) -> object:
             if isinstance(kvm, Exception):
                 raise kvm
             return kvm or FakeKvm()

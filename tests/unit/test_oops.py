@@ -136,8 +136,6 @@ def test_what_is_no_report(line: str) -> None:
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("", "console=ttyS0"),
-        (" \r\n", "console=ttyS0"),
         ("Gave up waiting for root file system device.", "root="),
         ("ALERT!  /dev/sda1 does not exist.  Dropping to a shell!", "/dev/vda"),
         ("Kernel panic - not syncing: No working init found.", "rdinit="),

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from vmm.arch.x86_64.nesting import places
 from vmm.errors import VmmError
 from vmm.guest import pump as pump_module
 from vmm.guest.command import Command
 from vmm.guest.pump import Job, MachineHung, MachineLost, Pulse, Pump
 from vmm.guest.streams import Input, Output
 from vmm.guest.terminal import NoTerminal
-from vmm.nested.monitor import Monitor, places
+from vmm.nested.monitor import Monitor
 
 
 class Guest:

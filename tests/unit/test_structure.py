@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,14 @@ HEAVY = {
 }  # fmt: skip
 
 
+NATIVE = PACKAGE.parent / "native"
+#: Names of architectures, of machines that have one, and of what only one has in its KVM.
+ARCHITECTURES = re.compile(
+    r"(?<!0)x86|amd64|\bi[3-6]86|arm64|aarch64|armv[78]|risc-?v|ppc64|powerpc|s390|loongarch"
+    r"|i440fx|kvm[-_](?:amd|intel)|\bcpuid\b|\blapic\b|\bioapic\b|\b(?:svm|vmx)\b"
+    r"|\b[re]ip\b|\brax\b|\brflags\b|\bsregs\b|triple.fault",
+    re.IGNORECASE,
+)
 #: The packages of architectures.
 PACKAGES = {path.parent.name for path in PACKAGE.glob("arch/*/__init__.py")}
 
@@ -99,6 +108,23 @@ def test_devices_know_no_machine_and_shared_code_no_architecture() -> None:
             if shared and any(f"{target}.".startswith(f"vmm.arch.{name}.") for name in PACKAGES):
                 wrong.append(f"{here} imports {target}")
     assert not wrong
+
+
+def test_only_arch_names_an_architecture() -> None:
+    """What is true of one architecture is in its package, or in native's one file for it."""
+    shared = [p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts[0] != "arch"]
+    native = [p for p in NATIVE.iterdir() if p.suffix in (".c", ".h", ".cdef", ".py")]
+    shared += [p for p in native if not p.name.startswith("arch_")]
+    wrong = [
+        f"{path.name}:{nr}: {found[0]}"
+        for path in shared
+        for nr, line in enumerate(path.read_text().splitlines(), 1)
+        for found in [ARCHITECTURES.search(line)]
+        if found
+    ]
+    assert not wrong
+    asks = [path.name for path in shared if "uname().machine" in path.read_text()]
+    assert asks == ["build.py"]  # to choose that one file
 
 
 def test_public_surface() -> None:

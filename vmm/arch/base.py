@@ -1,9 +1,10 @@
 """What an architecture is to the rest of vmm. Shared code asks for nothing else.
 
 One package per architecture has an ``Arch``, which makes machines, and says what kernels for it
-are (``Kernels``), what its hosts bring to KVM (``Host``) and how such a host is emulated
-(``Nesting``). The ``native_`` functions give the host's own, because KVM runs guests of the
-host's own architecture; each imports only its part.
+are (``Kernels``), what its hosts bring to KVM (``Host``), how such a host is emulated
+(``Nesting``) and which machines QEMU's test clients know (``Qtest``). The ``native_`` functions
+give the host's own, because KVM runs guests of the host's own architecture; each imports only
+its part.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from vmm.irq import IrqChip
     from vmm.kvm import Kvm, Vcpu, Vm
     from vmm.memory import GuestMemory
+    from vmm.vcpus import Registers
 
     class BootImage(Protocol):
         """A loaded guest: what a vCPU needs to begin, and what --dry-run says of it."""
@@ -34,8 +36,14 @@ if TYPE_CHECKING:
         """One architecture: memory map, chips, platform devices, boot, vCPU state."""
 
         name: str
-        #: KVM_CAP_* a host must have.
+        #: KVM_CAP_* a host must have, and the modules that may be its KVM.
         required_caps: tuple[str, ...]
+        kvm_modules: tuple[str, ...]
+        #: Linux's name for the first serial port, and what may be wrong when it says nothing.
+        console: str
+        silence: str
+        #: What a vCPU did that left with KVM_EXIT_SHUTDOWN, as in "vCPU 0 ...".
+        shutdown: str
 
         def ram_ranges(self, size: int) -> list[tuple[int, int]]:
             """Where ``size`` bytes of RAM lie: (gpa, size) each. Raises ConfigError."""
@@ -46,7 +54,8 @@ if TYPE_CHECKING:
             ...
 
         def build(self, board: Board) -> None:
-            """Put the platform's and the configured devices on the board."""
+            """Put the platform's and the configured devices on the board, and fill in what it
+            leaves to the architecture: spare places and interrupts, the power button."""
 
         def load(self, board: Board) -> BootImage:
             """Kernel, initrd, command line and hardware description into RAM. What it gives goes
@@ -59,6 +68,10 @@ if TYPE_CHECKING:
 
         def setup_vcpu(self, vcpu: Vcpu, plan: Any, image: Any) -> None:
             """Registers of one vCPU before its first instruction."""
+
+        def registers(self, vcpu: Vcpu) -> Registers:
+            """One vCPU's general registers, to be read and written by name."""
+            ...
 
         def command_line(self, config: MachineConfig) -> str:
             """The guest's whole command line."""
@@ -141,13 +154,36 @@ if TYPE_CHECKING:
             faster; None: use ``path``."""
             ...
 
+        def places(self, text: str) -> str:
+            """Where each CPU is, on a line, from what QEMU's ``info registers -a`` printed."""
+            ...
+
         def measured(self) -> list[str]:
             """What a started guest knows of this host, so that a snapshot is good only there."""
             ...
 
+    class Qtest(Protocol):
+        """Machine types as QEMU has them, for ``vmm qtest``."""
+
+        #: vmm's own machine, and what is taken when no type is given.
+        OWN: str
+        DEFAULT: str
+        #: Every type and what it is; which carry virtio on mmio; and beginnings of other names.
+        MACHINES: dict[str, str]
+        MMIO_MACHINES: tuple[str, ...]
+        MACHINE_PREFIXES: tuple[tuple[str, str], ...]
+        #: Where base addresses may lie on the types that are not vmm's own: (gpa, size).
+        WINDOW: tuple[int, int]
+        #: Where a type has configuration space, and its first free PCI slot when that is not 1.
+        ECAM: dict[str, int]
+        FIRST_SLOT: dict[str, int]
+        #: The interrupt controller by the last part of its QOM path, and how many pins it has.
+        CONTROLLERS: tuple[str, ...]
+        PINS: int
+
 
 #: What uname calls a machine, and the package here that knows it: ``machine`` (an ``ARCH``),
-#: ``kernels``, ``host`` and ``nesting`` are its modules.
+#: ``kernels``, ``host``, ``nesting`` and ``qtest`` are its modules.
 PACKAGES = {"x86_64": "x86_64"}
 
 
@@ -189,12 +225,20 @@ def native_nesting() -> Nesting:
     return found
 
 
+def native_qtest() -> Qtest:
+    """What qtest clients expect of machines like this host."""
+    found: Qtest = _module("qtest")
+    return found
+
+
 if TYPE_CHECKING:
     # What is loaded by name is what it has to be.
     from vmm.arch.x86_64 import host as _host
     from vmm.arch.x86_64 import kernels as _kernels
     from vmm.arch.x86_64 import nesting as _nesting
+    from vmm.arch.x86_64 import qtest as _qtest
 
     _KERNELS: Kernels = _kernels
     _HOST: Host = _host
     _NESTING: Nesting = _nesting
+    _QTEST: Qtest = _qtest

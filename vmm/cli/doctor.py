@@ -156,7 +156,7 @@ def _check_kvm(report: Report) -> None:
 
     try:
         needed = native_arch().required_caps
-        with Kvm() as kvm:
+        with Kvm(modules=report.host.MODULES if report.host is not None else ()) as kvm:
             report.add(OK, DEV_KVM, "can be opened, speaks API 12")
             missing = [cap for cap in needed if not kvm.check(cap)]
             if missing:

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 #: What --help says. docs/qtest.md has all of it.
 FLAGS = (
-    ("-M, -machine TYPE", "x86, pc (default) or q35, with PCI; microvm or virt, with virtio-mmio; "
-     "none."),
+    ("-M, -machine TYPE", "vmm (its own), pc (default) or q35, with PCI; microvm or virt, with "
+     "virtio-mmio; none."),
     ("-m SIZE", "RAM; a plain number is MiB. (default: 128M)"),
     ("-device DRIVER[,KEY=VALUE]...", "A device by QEMU's name (virtio-blk-pci, virtio-rng-device, "
      "isa-debug-exit, ...), by vmm's, or FILE.py:Class. May be repeated."),

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import sys
 
+from vmm.arch.base import native_name
 from vmm.errors import HostError
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _SOURCES = os.path.join(os.path.dirname(_PACKAGE), "guests", "init")
-_BINARY = os.path.join(_PACKAGE, "data", f"init-{os.uname().machine}")
 _FLAGS = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-Os", "-static", "-s")
+
+
+def _binary() -> str:
+    return os.path.join(_PACKAGE, "data", f"init-{native_name()}")
 
 
 def init_path() -> str:
@@ -19,11 +23,11 @@ def init_path() -> str:
     An installed package brings it along; a checkout builds it with gcc. HostError when neither
     is possible.
     """
-    sources = _source_files()
-    if os.path.exists(_BINARY) and _newest(sources) <= os.path.getmtime(_BINARY):
-        return _BINARY
+    sources, binary = _source_files(), _binary()
+    if os.path.exists(binary) and _newest(sources) <= os.path.getmtime(binary):
+        return binary
     if not sources:
-        raise HostError(f"{_BINARY} is missing from this installation of vmm: install it again")
+        raise HostError(f"{binary} is missing from this installation of vmm: install it again")
     return build_init()
 
 
@@ -41,11 +45,11 @@ def build_init() -> str:
         raise HostError(
             f"Building the guest's /init needs {compiler}: install gcc and libc6-dev (Debian)"
         )
-    target = _BINARY
+    target = _binary()
     if not _is_writable(os.path.dirname(target)):
         from vmm.guest.cache import cache_dir
 
-        target = os.path.join(cache_dir(), "init", os.path.basename(_BINARY))
+        target = os.path.join(cache_dir(), "init", os.path.basename(target))
         if os.path.exists(target) and _newest(_source_files()) <= os.path.getmtime(target):
             return target
         os.makedirs(os.path.dirname(target), exist_ok=True)

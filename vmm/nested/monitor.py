@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 import socket
 import time
+
+from vmm.arch.base import native_nesting
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 _PATIENCE_S = 60.0  # for one answer of QEMU
 _LAST_WORDS_S = 10.0  # for those of a machine that hangs
 _SAMPLES = 3
-_REGISTERS = re.compile(r"RIP=([0-9a-f]+)|CPL=(\d)|HLT=(\d)")
 
 
 class Monitor:
@@ -57,7 +57,7 @@ class Monitor:
             self.socket.settimeout(_LAST_WORDS_S)
             for _ in range(_SAMPLES):
                 text = self.command("human-monitor-command", ask)
-                said.append(places(text))
+                said.append(native_nesting().places(text))
                 time.sleep(0.1)
         except (OSError, ValueError):
             said.append("QEMU's monitor does not answer")
@@ -73,17 +73,3 @@ class Monitor:
             line += byte
         answer: dict[str, Any] = json.loads(line)
         return answer
-
-
-def places(text: str) -> str:
-    """A line for what ``info registers -a`` prints: each CPU's RIP, its ring, whether it waits."""
-    said = []
-    for number, block in enumerate(text.split("CPU#")[1:]):
-        rip = ring = "?"
-        halted = False
-        for found in _REGISTERS.finditer(block):
-            rip = found[1] or rip
-            ring = found[2] or ring
-            halted = halted or found[3] == "1"
-        said.append(f"CPU {number} {'halted ' if halted else ''}at {rip} in ring {ring}")
-    return ", ".join(said)

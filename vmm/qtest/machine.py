@@ -9,10 +9,9 @@ from __future__ import annotations
 import time
 
 from vmm._native import lib
-from vmm.arch.base import native_arch
+from vmm.arch.base import native_arch, native_qtest
 from vmm.board import Board, Notifier
 from vmm.config import MachineConfig
-from vmm.devices.acpi_pm import AcpiPm
 from vmm.devices.pci_host import PciHost
 from vmm.devices.rtc import Rtc
 from vmm.devices.virtio.blk import Blk
@@ -36,18 +35,12 @@ if TYPE_CHECKING:
     from vmm.irq import IrqLine
     from vmm.qtest.options import Props, Spec
 
-#: Where base addresses may lie on QEMU's PCs: from the end of RAM to the first fixed device.
-_WIDE = (0xC000_0000, 0x3EB0_0000)
-_FIRST_SLOT = {"pc": 2}
-#: Where q35's firmware puts configuration space; RAM has to end below.
-_Q35_ECAM = 0xB000_0000
 #: The first ends what the I/O thread is doing, the second what it was asked meanwhile; a third
 #: for what that set in motion.
 _BARRIERS = 3
 #: How long a disk may take until nobody waits for it any more, and between looks.
 _PATIENCE_S = 1.0
 _PAUSE_S = 0.0001
-_PINS = 24
 
 
 class QtestMachine:
@@ -71,6 +64,7 @@ class QtestMachine:
         self.clock = 0
         self.plugged: dict[str, tuple[Wanted, Device]] = {}
         self._arch = native_arch()
+        self._types = native_qtest()
         self._started = time.time()
         self.chip = WatchedChip(self._message)
         #: Told by query-status; there is nothing that runs.
@@ -162,17 +156,21 @@ class QtestMachine:
 
     def _lay_out(self) -> None:
         """Configuration space and the room for base addresses, where the type has them."""
-        if self.spec.machine == "x86":
+        if self.spec.machine == self._types.OWN:
             return
         host, mmio = self._host(), self.board.mmio
         at = next(base for base, _, device in mmio.ranges() if device is host.ecam)
         size = next(size for base, size, _ in mmio.ranges() if base == at)
         mmio.remove(at)
-        host.set_windows([_WIDE])
-        if self.spec.machine == "q35":
-            if self.memory.contains(_Q35_ECAM, 1):
-                raise ConfigError("-m: q35 has its PCI configuration space at 2816M; ask for less.")
-            mmio.insert(_Q35_ECAM, size, host.ecam)
+        host.set_windows([self._types.WINDOW])
+        ecam = self._types.ECAM.get(self.spec.machine)
+        if ecam is not None:
+            if self.memory.contains(ecam, 1):
+                raise ConfigError(
+                    f"-m: {self.spec.machine} has its PCI configuration space at {ecam >> 20}M; "
+                    "ask for less."
+                )
+            mmio.insert(ecam, size, host.ecam)
 
     def _host(self) -> PciHost:
         host = self.board.find(PciHost.name)
@@ -187,7 +185,7 @@ class QtestMachine:
             raise ConfigError(f"{wanted.name}: PCI slot {wanted.slot:x} is taken.")
         if wanted.slot > 0:
             return wanted.slot
-        for slot in range(_FIRST_SLOT.get(self.spec.machine, 1), 32):
+        for slot in range(self._types.FIRST_SLOT.get(self.spec.machine, 1), 32):
             if slot not in taken:
                 return slot
         raise ConfigError(f"{wanted.name}: no PCI slot is free.")
@@ -205,7 +203,7 @@ class QtestMachine:
                 device.placement = Placement("shared")
                 device.attach(self.memory, board.loop)
                 # Clients that know QEMU's devices map BARs by their use, and not one twice.
-                apart = self.spec.machine != "x86"
+                apart = self.spec.machine != self._types.OWN
                 quiet = Notifier(None)
                 function = VirtioPci(device, self.memory, self.chip, quiet, msix_bar=apart)
                 host.add(function, slot)
@@ -297,10 +295,9 @@ class QtestMachine:
 
     def press_power_button(self) -> None:
         """Raises ConfigError."""
-        pm = self.board.find(AcpiPm.name)
-        if not isinstance(pm, AcpiPm):
+        if self.board.power_button is None:
             raise ConfigError("This machine has no power button.")
-        pm.press_power_button()
+        self.board.power_button()
 
     # ---- time and interrupts
 
@@ -340,11 +337,11 @@ class QtestMachine:
 
     def pins(self, path: str) -> bool:
         """Whether the interrupt pins can be watched at this QOM path."""
-        return path.rpartition("/")[2] in ("ioapic", "ioapic[0]", "gsi", "i8259")
+        return path.rpartition("/")[2] in self._types.CONTROLLERS
 
     def drive_pin(self, pin: int, level: bool) -> None:
         """Raise or lower an interrupt pin from outside. Pins there are not: nothing happens."""
-        if pin < _PINS:
+        if pin < self._types.PINS:
             if pin not in self._driven:
                 self._driven[pin] = self.chip.line(pin)
                 self._closers.append(self._driven[pin].close)

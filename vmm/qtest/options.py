@@ -9,23 +9,12 @@ from __future__ import annotations
 import json
 
 from vmm import options, values
+from vmm.arch.base import native_qtest
 from vmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-#: Machine types: which transport carries virtio, and for PCI where things are.
-MACHINES = {
-    "x86": "vmm's own machine, with PCI: 0xcf8 and ECAM at 0xe0000000",
-    "pc": "PCI without ECAM; base addresses from 0xc0000000 to 0xfeb00000",
-    "q35": "PCI with ECAM at 0xb0000000; base addresses as pc",
-    "microvm": "virtio-mmio at vmm's addresses, from 0xfeb00000",
-    "virt": "the same",
-    "none": "no devices at all",
-}
-#: Names that QEMU's machines go by; a version may follow.
-_MACHINE_PREFIXES = (("pc-q35", "q35"), ("pc-i440fx", "pc"), ("virt-", "virt"), ("vmm", "x86"))
 
 #: The properties of -machine that mean nothing here; the others are refused.
 _MACHINE_IGNORED = {
@@ -112,7 +101,7 @@ class Spec:
 
     def __init__(self) -> None:
         self.argv: list[str] = []
-        self.machine = "pc"
+        self.machine = native_qtest().DEFAULT
         self.memory = 128 << 20
         #: RAM at other places than the machine's: (base, size) each.
         self.ram: list[tuple[int, int]] = []
@@ -141,7 +130,7 @@ class Spec:
 
     @property
     def transport(self) -> str:
-        return "mmio" if self.machine in ("microvm", "virt") else "pci"
+        return "mmio" if self.machine in native_qtest().MMIO_MACHINES else "pci"
 
 
 def _size(text: str, unit: int = 1) -> int:
@@ -240,12 +229,13 @@ def portable(argv: list[str]) -> list[str]:
 
 
 def machine_type(name: str) -> str:
-    """One of MACHINES. Raises ConfigError."""
-    for prefix, known in _MACHINE_PREFIXES:
+    """One of the host's machine types. Raises ConfigError."""
+    qtest = native_qtest()
+    for prefix, known in qtest.MACHINE_PREFIXES:
         if name.startswith(prefix):
             name = known
-    if name not in MACHINES:
-        raise ConfigError(f"-machine {name}: the types are {', '.join(MACHINES)}.")
+    if name not in qtest.MACHINES:
+        raise ConfigError(f"-machine {name}: the types are {', '.join(qtest.MACHINES)}.")
     return name
 
 

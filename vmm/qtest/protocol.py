@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 
+from vmm.arch.base import native_qtest
 from vmm.errors import MemoryFault
 
 TYPE_CHECKING = False
@@ -62,6 +63,7 @@ class Protocol:
 
     def __init__(self, machine: QtestMachine) -> None:
         self.machine = machine
+        self._pins = native_qtest().CONTROLLERS[0]
         self._intercepted = ""
         self._commands: dict[str, tuple[int, int, Callable[..., str]]] = {
             "read": (2, 2, self._read),
@@ -192,14 +194,14 @@ class Protocol:
 
     def _intercept(self, path: str, name: str = "") -> str:
         if not self.machine.pins(path):
-            raise Refused("Unknown device: the pins that can be watched are ioapic's")
+            raise Refused(f"Unknown device: the pins that can be watched are {self._pins}'s")
         self.interrupts()  # what was is not told
         self._intercepted = path
         return ""
 
     def _set_irq(self, path: str, name: str, pin: str, level: str) -> str:
         if not self.machine.pins(path):
-            raise Refused("Unknown device: the pins that can be driven are ioapic's")
+            raise Refused(f"Unknown device: the pins that can be driven are {self._pins}'s")
         self.machine.drive_pin(number(pin), bool(number(level)))
         return ""
 

@@ -7,9 +7,10 @@ import os
 import time
 
 from vmm import __version__
+from vmm.arch.base import native_qtest
 from vmm.errors import VmmError
 from vmm.qtest.devices import types
-from vmm.qtest.options import MACHINES, Props, flatten
+from vmm.qtest.options import Props, flatten
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ class Session:
                 "deprecated": False,
                 **({"is-default": True} if name == "pc" else {}),
             }
-            for name in MACHINES
+            for name in native_qtest().MACHINES
         ]
 
     def do_qom_list_types(self, arguments: dict[str, Any]) -> object:

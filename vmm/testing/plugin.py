@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
+from vmm.arch.base import native_host, native_name
 from vmm.errors import VmmError
 from vmm.host import NESTED
 from vmm.machine import Machine
@@ -144,7 +145,7 @@ def _marked(node: pytest.Item) -> dict[str, Any]:
         if marker is not None:
             found[name] = marker.args[0]
     arch = node.get_closest_marker("arch")
-    here = os.uname().machine
+    here = native_name() if arch is not None else ""
     if arch is not None and arch.args[0] != here:
         pytest.skip(f"guests of {arch.args[0]} cannot run on {here}")
     return found
@@ -152,7 +153,6 @@ def _marked(node: pytest.Item) -> dict[str, Any]:
 
 def _can_run() -> None:
     """Skips where KVM cannot boot Linux, and says what can be done."""
-    from vmm.arch.base import native_host
 
     if os.environ.get(NESTED):
         return

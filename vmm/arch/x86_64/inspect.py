@@ -83,7 +83,13 @@ class Snapshot(VcpuSnapshot):
     """A VcpuSnapshot of an x86-64 vCPU: ``regs`` are struct kvm_regs' fields, ``sregs`` struct
     kvm_sregs', segments and tables as dicts of theirs."""
 
-    __slots__ = ()
+    __slots__ = ("sregs",)
+
+    def __init__(
+        self, index: int, regs: dict[str, int], sregs: dict[str, Any], state: str = ""
+    ) -> None:
+        super().__init__(index, regs, state)
+        self.sregs = sregs
 
     def code_width(self) -> int:
         """16, 32 or 64: how the bytes at RIP are read."""

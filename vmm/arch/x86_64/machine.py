@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
-from vmm.arch.x86_64 import acpi, boot, layout, platform
+from vmm.arch.x86_64 import acpi, boot, host, ioctls, layout, platform
 from vmm.arch.x86_64.cpu_features import parse_cpu
 from vmm.arch.x86_64.cpuid import Model, Topology
 from vmm.arch.x86_64.msrs import boot_msrs
-from vmm.arch.x86_64.vcpu import mp_state, set_boot_registers, set_local_apic
+from vmm.arch.x86_64.vcpu import mp_state, registers, set_boot_registers, set_local_apic
 from vmm.irq import KvmIrqChip
 from vmm.kvm import call
 
@@ -23,6 +23,27 @@ if TYPE_CHECKING:
     from vmm.irq import IrqChip
     from vmm.kvm import Kvm, Vcpu, Vm
     from vmm.memory import GuestMemory
+    from vmm.vcpus import Registers
+
+
+PIC_PINS = 8
+IOAPIC_PINS = 24
+
+
+def _pins() -> list[dict[str, int]]:
+    """The routes of GSIs to the chips' pins as on a PC."""
+    from vmm._native import lib
+
+    master, slave = int(lib.KVM_IRQCHIP_PIC_MASTER), int(lib.KVM_IRQCHIP_PIC_SLAVE)
+    ioapic = int(lib.KVM_IRQCHIP_IOAPIC)
+    routes = [
+        {"gsi": pin, "chip": master if pin < PIC_PINS else slave, "pin": pin % PIC_PINS}
+        for pin in range(2 * PIC_PINS)
+    ]
+    # The PIT is wired to GSI 0 and arrives at IOAPIC pin 2.
+    return routes + [
+        {"gsi": 0 if pin == 2 else pin, "chip": ioapic, "pin": pin} for pin in range(1, IOAPIC_PINS)
+    ]
 
 
 class VcpuPlan:
@@ -39,6 +60,14 @@ class X86_64:
     """The PC that vmm makes: in-kernel PIC, IOAPIC, local APICs and PIT; ACPI; PCI or mmio."""
 
     name = "x86_64"
+    console = platform.CONSOLE
+    silence = (
+        f"the guest printed nothing: a Linux kernel needs console={platform.CONSOLE} on its "
+        "command line and CONFIG_SERIAL_8250_CONSOLE=y (or console=hvc0 and "
+        f"CONFIG_VIRTIO_CONSOLE); earlyprintk={platform.CONSOLE} shows how far an early failure got"
+    )
+    shutdown = "triple-faulted"
+    kvm_modules = host.MODULES
     required_caps: tuple[str, ...] = (
         "KVM_CAP_IRQCHIP",
         "KVM_CAP_USER_MEMORY",
@@ -66,7 +95,7 @@ class X86_64:
         call(vm.fd, "KVM_CREATE_IRQCHIP")
         pit = ffi.new("struct kvm_pit_config *", {"flags": lib.KVM_PIT_SPEAKER_DUMMY})
         call(vm.fd, "KVM_CREATE_PIT2", pit)
-        return KvmIrqChip(vm)
+        return KvmIrqChip(vm, _pins(), IOAPIC_PINS)
 
     def build(self, board: Board) -> None:
         platform.build(board)
@@ -91,19 +120,22 @@ class X86_64:
 
     def vcpu_plan(self, kvm: Kvm, config: MachineConfig) -> VcpuPlan:
         model = Model(
-            kvm.supported_cpuid(),
+            ioctls.supported_cpuid(kvm),
             Topology(config.cpus),
             edits=parse_cpu(config.cpu),
             tsc_deadline=bool(kvm.check("KVM_CAP_TSC_DEADLINE_TIMER")),
         )
-        return VcpuPlan(model, boot_msrs(kvm.msr_indices(), mtrr=model.mtrr))
+        return VcpuPlan(model, boot_msrs(ioctls.msr_indices(kvm), mtrr=model.mtrr))
 
     def setup_vcpu(self, vcpu: Vcpu, plan: VcpuPlan, image: BootState) -> None:
-        vcpu.set_cpuid(plan.model.entries(vcpu.index))
-        vcpu.set_msrs(plan.msrs)
+        ioctls.set_cpuid(vcpu, plan.model.entries(vcpu.index))
+        ioctls.set_msrs(vcpu, plan.msrs)
         set_local_apic(vcpu)
         if vcpu.index == 0:
             set_boot_registers(vcpu, image)
+
+    def registers(self, vcpu: Vcpu) -> Registers:
+        return registers(vcpu)
 
     def command_line(self, config: MachineConfig) -> str:
         return platform.command_line(config)

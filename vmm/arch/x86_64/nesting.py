@@ -42,3 +42,19 @@ def measured() -> list[str]:
     with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
         first = file.read(65536).partition("\n\n")[0].splitlines()
     return [line for line in first if line.startswith(("model name", "bogomips"))]
+
+
+def places(text: str) -> str:
+    """Each CPU's RIP, its ring, and whether it waits."""
+    import re
+
+    said = []
+    for number, block in enumerate(text.split("CPU#")[1:]):
+        rip = ring = "?"
+        halted = False
+        for found in re.finditer(r"RIP=([0-9a-f]+)|CPL=(\d)|HLT=(\d)", block):
+            rip = found[1] or rip
+            ring = found[2] or ring
+            halted = halted or found[3] == "1"
+        said.append(f"CPU {number} {'halted ' if halted else ''}at {rip} in ring {ring}")
+    return ", ".join(said)

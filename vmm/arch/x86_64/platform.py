@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vmm.arch.x86_64 import acpi, aml, layout
+from vmm.arch.x86_64 import acpi, aml, ioctls, layout
 from vmm.board import Notifier
 from vmm.chardev import CharDev
 from vmm.devices.acpi_pm import AcpiPm, ResetPort
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from vmm.devices.virtio.device import VirtioDevice
 
 COM1, COM1_IRQ = Serial.PORTS[0]
+#: Linux's name for it.
+CONSOLE = "ttyS0"
 RTC_IRQ = 8
 SCI = 9
 PM_BASE = 0x600
@@ -61,7 +63,7 @@ def command_line(config: MachineConfig) -> str:
     words = []
     if config.default_append:
         if config.serial != "none":
-            words.append("console=ttyS0")
+            words.append(f"console={CONSOLE}")
         if config.console != "none":
             words.append("console=hvc0")
         # Nothing is looked for that is not there.
@@ -172,7 +174,7 @@ def pci_functions(board: Board) -> list[dict[str, object]]:
 
 def _phys_bits(board: Board) -> int:
     """Of the guest's CPUs; without KVM what most have."""
-    leaves = board.vm.kvm.supported_cpuid() if board.vm is not None else []
+    leaves = ioctls.supported_cpuid(board.vm.kvm) if board.vm is not None else []
     return next((leaf[3] & 0xFF for leaf in leaves if leaf[0] == 0x8000_0008), 39)
 
 
@@ -186,7 +188,9 @@ def _legacy(board: Board) -> None:
     if config.acpi:
         sci = chip.line(SCI)
         board.defer(sci.close)
-        board.pio.insert(PM_BASE, AcpiPm.SIZE, board.add(AcpiPm(sci, _ends(board, "poweroff"))))
+        pm = board.add(AcpiPm(sci, _ends(board, "poweroff")))
+        board.pio.insert(PM_BASE, AcpiPm.SIZE, pm)
+        board.power_button = pm.press_power_button
     rtc_irq = chip.line(RTC_IRQ)
     board.defer(rtc_irq.close)
     board.add(Rtc(rtc_irq, config.memory)).place(board.pio)

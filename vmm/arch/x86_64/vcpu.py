@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vmm._native import ffi, lib
+from vmm.vcpus import Registers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -79,3 +80,15 @@ def mp_state(vcpu: Vcpu) -> str:
         int(lib.KVM_MP_STATE_SIPI_RECEIVED): "starting",
     }
     return names.get(value, f"state {value}")
+
+
+def registers(vcpu: Vcpu) -> Registers:
+    """rax … r15, rip, rflags. KVM api.rst §4.12."""
+    raw = vcpu.get("KVM_GET_REGS", "kvm_regs")
+
+    def write(name: str, value: int) -> None:
+        setattr(raw, name, value)
+        vcpu.set("KVM_SET_REGS", raw)
+
+    names = [name for name, _ in ffi.typeof("struct kvm_regs").fields]
+    return Registers({name: int(getattr(raw, name)) for name in names}, write)
