@@ -27,6 +27,7 @@ EVENT_IDX = 1 << F_EVENT_IDX
 INDIRECT = 1 << F_INDIRECT_DESC
 PACKED = 1 << F_RING_PACKED
 
+_DESC = struct.Struct("<QIHH").pack
 #: What a lap leaves of a packed descriptor.
 _USED_DESC = struct.pack("<14xH", DESC_F_AVAIL | DESC_F_USED)
 
@@ -80,8 +81,7 @@ class DriverRing:
     def set_desc_at(
         self, table: int, index: int, addr: int, length: int, flags: int, following: int
     ) -> None:
-        entry = struct.pack("<QIHH", addr, length, flags, following)
-        self.memory.write(table + 16 * index, entry)
+        self.memory.write(table + 16 * index, _DESC(addr, length, flags, following))
 
     def publish(self, head: int) -> None:
         """One avail entry and the index that shows it."""
@@ -211,8 +211,7 @@ class PackedRing(DriverRing):
     def set_desc_at(
         self, table: int, index: int, addr: int, length: int, flags: int, following: int
     ) -> None:
-        entry = struct.pack("<QIHH", addr, length, following & 0xFFFF, flags)
-        self.memory.write(table + 16 * index, entry)
+        self.memory.write(table + 16 * index, _DESC(addr, length, following & 0xFFFF, flags))
 
     def raw(self, addr: int, length: int, flags: int = 0, ident: int = 0) -> int:
         """One descriptor, offered; returns its place."""

@@ -135,7 +135,7 @@ class InProcess:
         self._go_on(0)
 
     def rest(self) -> None:
-        self._go_on(20)
+        self._go_on(1)  # a worker may answer without the loop
 
     def _go_on(self, ms: int) -> None:
         for loop in self._loops:

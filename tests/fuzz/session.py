@@ -363,10 +363,10 @@ class Session:
         if broken:
             self.check_verdict(told, lazy)
             self.regs.status = 0  # nothing is in flight from here on
-        self.check_answers()
+        answers = self.check_answers()
         if not self.target.discards:
             if good:
-                self.check_rest()
+                self.check_rest(answers)
             self.check_memory()
         return broken
 
@@ -431,7 +431,7 @@ class Session:
                 at, wrap = at - ring.size, not wrap
         return found
 
-    def check_answers(self) -> None:
+    def check_answers(self) -> list[tuple[int, int]]:
         rooms: dict[int, list[int]] = {}
         for chain, _ in self.waiting:
             rooms.setdefault(chain.head, []).append(chain.write_len)
@@ -445,11 +445,12 @@ class Session:
             room = rooms[head].pop(0)  # the second is not taken before the first is back
             if length > room:
                 raise Finding(f"{length} bytes used of {room}")
+        return answers
 
-    def check_rest(self) -> None:
+    def check_rest(self, answers: list[tuple[int, int]]) -> None:
         """What used.len does not count is as it was, but for a status byte at the end."""
         chains = {chain.head: chain for chain, _ in self.waiting}
-        for head, length in self.answered():
+        for head, length in answers:
             offset = -length
             for nr, (gpa, size) in enumerate(chains[head].writable, 1):
                 start, offset = max(0, -offset), offset + size
