@@ -11,7 +11,6 @@ import resource
 import signal
 from pathlib import Path
 
-import hypothesis
 import pytest
 
 TESTS = Path(__file__).parent
@@ -30,9 +29,6 @@ def pytest_configure() -> None:
     if hard == resource.RLIM_INFINITY or hard > soft:
         most = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-    # A busy host takes its time; a test that hangs is ended by its own deadline.
-    hypothesis.settings.register_profile("vmm", deadline=None)
-    hypothesis.settings.load_profile("vmm")
     # A shell starts background jobs with SIGINT ignored, which children inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
