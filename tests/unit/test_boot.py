@@ -385,21 +385,45 @@ def at(offset: int, magic: bytes) -> bytes:
     return bytes(offset) + magic + bytes(2000)
 
 
+def zboot(machine: int) -> bytes:
+    """The start of an EFI zboot kernel with this PE machine."""
+    head = bytearray(b"MZ\0\0zimg" + bytes(0x100))
+    head[0x3C:0x40] = (0x80).to_bytes(4, "little")
+    head[0x80:0x86] = b"PE\0\0" + machine.to_bytes(2, "little")
+    return bytes(head)
+
+
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        (at(0x38, b"ARM\x64"), "is a kernel Image for arm64, not a bzImage"),
-        (at(0x38, b"RSC\x05"), "RISC-V"),
+        (
+            at(0x38, b"ARM\x64"),
+            "is a kernel Image for arm64, and this machine runs kernels for x86-64; "
+            "'qemu-system-aarch64 -M virt -cpu max -m 512 -kernel FILE' would emulate one for it$",
+        ),
+        (at(0x38, b"RSC\x05"), "Image for RISC-V, and .* x86-64; 'qemu-system-riscv64 -M virt"),
+        (at(0x10008, b"S390EP"), "is a kernel image for s390, and .* 'qemu-system-s390x -m"),
+        (at(0x24, b"\x18\x28\x6f\x01"), "is a zImage for 32-bit Arm, and .* for x86-64$"),
+        (zboot(0xAA64), "is an EFI zboot kernel for arm64, and .* 'qemu-system-aarch64"),
+        (zboot(0x8664), "is an EFI zboot kernel for x86-64, not a bzImage"),
         (b"#!/bin/sh\necho\n", "is a script"),
         (b"just some words\n", "is text"),
         (bytes(4096), "is zeros"),
         (b"070701" + bytes(200), "cpio archive, perhaps an initrd"),
         (b"MZ" + bytes(600), "unified kernel image"),
         (b"\x01\x02\x03", "of no format known here"),
-        (kernels.PACKERS["gzip"](at(0x38, b"ARM\x64")), "gzip data that holds a kernel Image for"),
+        (
+            kernels.PACKERS["gzip"](at(0x38, b"ARM\x64")),
+            "is gzip data; what it holds is a kernel Image for arm64, and",
+        ),
         (kernels.PACKERS["xz"](b"070701" + bytes(200)), "xz data that holds a cpio archive"),
         (kernels.PACKERS["gzip"](kernels.PACKERS["gzip"](b"x")), "gzip data that holds gzip data"),
-        (kernels.elf(machine=183), "is an ELF file for arm64, not for x86"),
+        (
+            kernels.elf(machine=183),
+            "is an ELF file for arm64, and this machine runs kernels for x86-64$",
+        ),
+        (kernels.elf(machine=21), "64-bit PowerPC, and .* 'qemu-system-ppc64 -M pseries"),
+        (kernels.elf(machine=0x3E00, data=2), "is a big-endian ELF file"),
         (kernels.elf(machine=999), "machine type 999"),
         (kernels.elf(machine=0x1600, data=2), "is an ELF file for s390"),
         (kernels.elf(type_=1), r"is a relocatable object \(.o or .ko\)"),

@@ -79,13 +79,16 @@ def _boot(request: Request, source: Source) -> BootState:
 
     if request.protocol in ("auto", "multiboot") and multiboot.find_header(source):
         return multiboot.boot(request, source, None)
-    raise _refusal(source, head, request.protocol)
+    raise _refusal(source, request.protocol)
 
 
-def _refusal(source: Source, head: bytes, protocol: str) -> BootError:
+def _refusal(source: Source, protocol: str) -> BootError:
     """The error for a file that is neither bzImage, ELF nor multiboot."""
     from vmm.arch import identify
 
+    head = source.head(identify.HEAD)
+    if other := identify.another(head, elf.OWN, source.path):
+        return source.error(other)
     what = identify.describe(head)
     wanted = "a bzImage, an x86 ELF kernel or a multiboot payload"
     if protocol != "auto":

@@ -8,8 +8,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm.arch.source import Source
     from vmm.arch.x86_64.places import Places
+    from vmm.errors import BootError
 
 MAGIC = b"\x7fELF"
+#: What the host's KVM runs, as vmm.arch.identify has it.
+OWN = ("x86-64", "x86")
 EM_386 = 3
 EM_X86_64 = 62
 ET_EXEC = 2
@@ -17,12 +20,6 @@ ET_DYN = 3
 PT_LOAD = 1
 PT_NOTE = 4
 
-#: Names for the machines somebody might try to boot here.
-MACHINES = {
-    2: "SPARC", 4: "m68k", 8: "MIPS", 15: "PA-RISC", 20: "PowerPC", 21: "64-bit PowerPC",
-    22: "s390", 40: "32-bit Arm", 42: "SuperH", 43: "64-bit SPARC", 50: "Itanium",
-    93: "ARC", 94: "Xtensa", 183: "arm64", 243: "RISC-V", 258: "LoongArch",
-}  # fmt: skip
 TYPES = {1: "a relocatable object (.o or .ko)", 4: "a core dump"}
 
 # e_type, e_machine, e_version, e_entry, e_phoff, e_shoff, e_flags, e_ehsize, e_phentsize, e_phnum
@@ -65,12 +62,11 @@ class Elf:
             raise source.error("is not an ELF file of 32 or 64 bits")
         self.bits = 32 * kind
         if ident[5] != 1:
-            machine = int.from_bytes(source.read(18, 2), "big")
-            raise source.error(f"is an ELF file for {machine_name(machine)}, not for x86")
+            raise _not_ours(source)
         header = _EHDR[kind].unpack(source.read(16, _EHDR[kind].size))
         type_, machine, _, self.entry, phoff, _, _, _, phentsize, phnum = header
         if machine not in (EM_386, EM_X86_64):
-            raise source.error(f"is an ELF file for {machine_name(machine)}, not for x86")
+            raise _not_ours(source)
         if type_ not in (ET_EXEC, ET_DYN):
             raise source.error(f"is {TYPES.get(type_, 'no executable')}, not a kernel")
         phdr = _PHDR[kind]
@@ -139,5 +135,9 @@ class Elf:
         raise self.source.error(f"has its entry point {address:#x} outside what is loaded")
 
 
-def machine_name(machine: int) -> str:
-    return MACHINES.get(machine, f"machine type {machine}")
+def _not_ours(source: Source) -> BootError:
+    from vmm.arch import identify
+
+    head = source.head(64)
+    text = identify.another(head, OWN, source.path)
+    return source.error(text or "is a big-endian ELF file")

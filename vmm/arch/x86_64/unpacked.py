@@ -60,6 +60,8 @@ def whole_file(request: Request, source: Source, head: bytes) -> Source | None:
             or first.startswith(elf.MAGIC)
             or multiboot.search(first[: multiboot.SEARCH]) is not None
         ):
+            if other := identify.another(first, elf.OWN, source.path):
+                raise source.error(f"is {kind} data; what it holds {other}")
             raise source.error(f"is {kind} data that holds {identify.describe(first)}")
         inner = _unpack(request, source, "f", (0, source.size), kind, limit)
     return inner
