@@ -50,8 +50,11 @@ class Host(threading.Thread):
         self.sock.settimeout(DEADLINE)
 
     def connect(self) -> None:
-        wait_for(self.path.exists, DEADLINE)
-        self.sock.connect(str(self.path))
+        wait_for(self.listens, DEADLINE)
+
+    def listens(self) -> bool:
+        """A socket has its name a moment before anybody listens."""
+        return self.sock.connect_ex(str(self.path)) == 0
 
 
 class Sender(Host):
