@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import Any, ClassVar
 
 from vmm._native import ffi, lib
 from vmm.devices.virtio.device import F_EVENT_IDX, F_INDIRECT_DESC, F_RING_PACKED
@@ -39,9 +39,10 @@ class DriverRing:
     lie from ``base`` on."""
 
     #: Feature bits this format needs.
-    FEATURES = 0
+    FEATURES: ClassVar[int] = 0
     #: Where in a descriptor its flags, and what they go with (next, or the buffer id), lie.
-    FLAGS, OTHER = 12, 14
+    FLAGS: ClassVar[int] = 12
+    OTHER: ClassVar[int] = 14
 
     def __init__(self, memory: GuestMemory, size: int, base: int = 0x1000, *, at: int = 0) -> None:
         """``at``: how many chains went through it before."""
@@ -170,8 +171,9 @@ class PackedRing(DriverRing):
     """The same with a packed queue. A head is a buffer id; ``chains`` has the places in the ring
     of its descriptors."""
 
-    FEATURES = PACKED
-    FLAGS, OTHER = 14, 12
+    FEATURES: ClassVar[int] = PACKED
+    FLAGS: ClassVar[int] = 14
+    OTHER: ClassVar[int] = 12
 
     def _lay_out(self, base: int, at: int) -> None:
         self.avail = base + 16 * self.size  # what the driver wants to hear of

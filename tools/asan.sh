@@ -12,6 +12,11 @@ git ls-files -z --cached --others --exclude-standard | tar -c --null -T - | tar 
 cd "$copy"
 echo "asan: building"
 VMM_SANITIZE=1 "$python" native/build.py >build/native.log 2>&1 || { cat build/native.log; exit 1; }
+if [ "${1:-} ${2:-}" = "-m tests.fuzz" ] && "$python" -c "import mypyc" 2>/dev/null; then
+  # What makes the cases and judges them is Python and most of the time; compiled it is half.
+  "$python" -m mypyc tests/fuzz/session.py tests/virtio_{ring,mutations}.py \
+    vmm/devices/virtio/{queue,split,packed}.py >build/mypyc.log 2>&1 || { cat build/mypyc.log; exit 1; }
+fi
 tests=("$@")
 [ ${#tests[@]} -gt 0 ] || tests=(tests/unit tests/property tests/payload)
 # capstone's loader asks for RTLD_DEEPBIND, which the sanitizers refuse.

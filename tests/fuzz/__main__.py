@@ -14,9 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.fuzz.dice import Dice, Finding
 from tests.fuzz.executor import Executor, InProcess
 from tests.fuzz.qtest import OverSocket
-from tests.fuzz.session import Dice, Finding, Session
+from tests.fuzz.session import Session
 from tests.fuzz.targets import Target, targets
 
 #: What a device may come to need while it is fuzzed; a leak of one page a session is more.

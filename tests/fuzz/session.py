@@ -18,6 +18,7 @@ import time
 from random import Random
 from typing import Any
 
+from tests.fuzz.dice import Finding
 from tests.fuzz.executor import HIGH, Executor
 from tests.fuzz.targets import Target
 from tests.virtio_mock import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, VERSION_1
@@ -40,22 +41,6 @@ PATIENCE_S = 5.0
 ZEROS = bytes(END)
 #: Guest memory as it was before the device was told, by address. One session at a time.
 KEPT = {0: bytearray(END), HIGH: bytearray(HIGH_USED)}
-
-
-class Finding(AssertionError):
-    """The device did what it must not, or not what it must."""
-
-
-class Dice(Random):
-    """With less ado than its base, which is careful about ranges that nobody has here."""
-
-    def choice(self, seq: Any) -> Any:
-        return seq[int(self.random() * len(seq))]
-
-    def randrange(self, start: int, stop: int | None = None, step: int = 1) -> int:
-        if stop is None:
-            return int(self.random() * start)
-        return start + int(self.random() * (stop - start))
 
 
 class Spy:

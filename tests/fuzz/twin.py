@@ -5,8 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.virtio_ring import PACKED
 from vmm.devices.virtio.device import VirtioDevice
+from vmm.devices.virtio.packed import PackedQueue
 from vmm.devices.virtio.queue import VERDICTS, Queue
+from vmm.devices.virtio.split import SplitQueue
 
 
 class Twin(VirtioDevice):
@@ -23,7 +26,8 @@ class Twin(VirtioDevice):
     def start_queue(self, index: int, config: Any) -> int:
         assert self._memory is not None
         vq = config.vq
-        self.queues[index] = Queue(self._memory, vq.size, vq.desc, vq.avail, vq.used, vq.features)
+        kind = PackedQueue if vq.features & PACKED else SplitQueue
+        self.queues[index] = kind(self._memory, vq.size, vq.desc, vq.avail, vq.used, vq.features)
         return 0
 
     def stop_queue(self, index: int) -> None:

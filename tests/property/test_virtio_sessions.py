@@ -8,8 +8,9 @@ from random import Random
 
 import pytest
 
+from tests.fuzz.dice import Finding
 from tests.fuzz.executor import NAMES, InProcess
-from tests.fuzz.session import IN_ORDER, Finding, Session, foretell
+from tests.fuzz.session import IN_ORDER, Session, foretell
 from tests.fuzz.targets import classes, targets
 from tests.virtio_ring import RINGS
 
