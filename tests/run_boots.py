@@ -27,7 +27,7 @@ HOST_FAILED = (125, 124)
 #: boots. Another goes on where it was.
 ATTEMPTS = 4
 #: Tests for each, so that none gets old; starting pytest in one takes as long as some boots.
-TESTS_A_HOST = 32
+TESTS_A_HOST = 16
 #: What none should need, even on a busy machine.
 HOST_LIMIT = "25m"
 
@@ -46,14 +46,15 @@ def main() -> int:
     compileall.compile_dir(ROOT / "vmm", quiet=1)
     tests = collect(chosen or ["tests/boot"], flags)
     emulated = not can_boot_linux()
-    memory, workers = share_of_memory()
+    memory, workers = hosts_at_once()
     share = TESTS_A_HOST if emulated else len(tests)
     parts = [tests[at : at + share] for at in range(0, len(tests), share)]
     if emulated:
         print("vmm: this host's KVM cannot boot Linux; using an emulated host", flush=True)
-    at_once = workers if emulated and len(parts) > 1 else 1
-    with ThreadPoolExecutor(at_once) as pool:
-        ends = list(pool.map(lambda part: see_through(part, flags, memory, at_once > 1), parts))
+    with ThreadPoolExecutor(workers if emulated else 1) as pool:
+        ends = list(
+            pool.map(lambda item: see_through(*item, flags, memory), enumerate(parts, start=1))
+        )
     total = sum(boots for _, boots in ends)
     print(f"Linux boots in all: {total}")
     if not total:
@@ -70,19 +71,20 @@ def collect(chosen: list[str], flags: list[str]) -> list[str]:
     return [line for line in done.stdout.splitlines() if "::" in line]
 
 
-def share_of_memory() -> tuple[str, int]:
-    """Of an emulated host, and how many there may be at once. The largest guest has 5 GiB and huge
-    pages, what tests write is in memory too, and a host that is short of memory reads its programs
-    again and again. Each keeps two processors busy: on two, two of them took as long as one after
-    the other."""
+def hosts_at_once() -> tuple[str, int]:
+    """The memory of an emulated host, and how many there are at once: one for each processor.
+
+    One CPU each, as emulating two takes half as much again for the same work, and what hung so far
+    was the one waiting for the other. The largest guest has 5 GiB and huge pages, what tests write
+    is in memory too, and a host that is short of memory reads its programs again and again.
+    """
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / GIB_KB
-    if free > 20 and len(os.sched_getaffinity(0)) > 3:
-        return "10G", 2
-    return ("10G" if free > 13 else "6G"), 1
+    memory = 10 if free > 13 else 6
+    return f"{memory}G", max(1, min(len(os.sched_getaffinity(0)), int(free / memory), 4))
 
 
-def see_through(tests: list[str], flags: list[str], memory: str, quiet: bool) -> tuple[int, int]:
+def see_through(number: int, tests: list[str], flags: list[str], memory: str) -> tuple[int, int]:
     """As ``run``, for those that are left, as long as emulated hosts die over them."""
     total = status = failed = 0
     with tempfile.TemporaryDirectory(prefix="vmm-boots-") as scratch:
@@ -97,47 +99,47 @@ def see_through(tests: list[str], flags: list[str], memory: str, quiet: bool) ->
             if not left:
                 return failed, total
             Path(scratch, "tests").write_text("\n".join(left) + "\n")
-            status, boots = run(Path(scratch), flags, memory, quiet)
+            status, boots = run(number, Path(scratch), flags, memory)
             total += boots
             if can_boot_linux() or status not in HOST_FAILED:
                 break
-            print(f"run_boots: the emulated host ended with status {status}", flush=True)
+            show(f"{number}: the emulated host ended with status {status}; another goes on\n")
     return status or failed, total
 
 
-def run(scratch: Path, flags: list[str], memory: str, quiet: bool) -> tuple[int, int]:
+def run(number: int, scratch: Path, flags: list[str], memory: str) -> tuple[int, int]:
     """pytest with the tests of scratch/tests, where Linux boots: its status, and how many guests
-    did. With ``quiet`` what it prints comes in one piece, as others print too."""
+    did. Its lines are shown as they end, and each says which host it is from."""
     # Temporary files are in the emulated host's memory.
     tests = [*PYTEST, "-o", "tmp_path_retention_policy=failed", *flags, f"@{scratch}/tests"]
     environment = {**os.environ, "VMM_BOOTS_DONE": f"{scratch}/done"}
     if not can_boot_linux():
         words = ("VMM_", "PYTHON", "PYTEST_", "CI")
         env = [f"--env={name}" for name in environment if name.startswith(words)]
-        nested = [sys.executable, "-m", "vmm", "nested", "--memory", memory, *env]
+        nested = [sys.executable, "-m", "vmm", "nested", "--memory", memory, "--cpus", "1", *env]
         tests = [*nested, "--timeout", HOST_LIMIT, "--rw", str(scratch), "--", *tests]
-    said = bytearray()
-    stderr = subprocess.STDOUT if quiet else None
+    boots = 0
     with subprocess.Popen(
-        tests, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=stderr,
-    ) as process:  # fmt: skip
+        tests,
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
         assert process.stdout is not None
-        while piece := os.read(process.stdout.fileno(), 65536):
-            said += piece
-            if not quiet:
-                show(piece)
-    if quiet:
-        show(bytes(said))
-    lines = said.decode(errors="replace").splitlines()
-    counts = [int(line.removeprefix(COUNT)) for line in lines if line.startswith(COUNT)]
-    return process.returncode, sum(counts)
+        for line in process.stdout:
+            show(f"{number}: {line}" if line.strip() else line)
+            if line.startswith(COUNT):
+                boots = int(line.removeprefix(COUNT))
+    return process.returncode, boots
 
 
-def show(text: bytes) -> None:
+def show(text: str) -> None:
     with _showing:
-        sys.stdout.buffer.write(text)
-        sys.stdout.buffer.flush()
+        print(text, end="", flush=True)
 
 
 if __name__ == "__main__":
