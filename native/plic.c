@@ -1,4 +1,5 @@
-/* A platform-level interrupt controller (PLIC): which interrupt source reaches which hart, answered on the vCPU thread.
+/* PLIC, a platform-level interrupt controller: which source reaches which hart, answered on the
+ * vCPU thread.
  *
  * Every source is level-triggered. Its gateway forwards one request and then no more until the
  * handler completes it; a request that was forwarded stays pending when the line falls. */

@@ -1,4 +1,4 @@
-/* A platform-level interrupt controller (PLIC): which interrupt source reaches which hart, answered on the vCPU thread. */
+/* PLIC, a platform-level interrupt controller: which interrupt source reaches which hart. */
 #ifndef VMM_PLIC_H
 #define VMM_PLIC_H
 

@@ -10,10 +10,10 @@ import time
 from _thread import allocate_lock
 
 from vmm.device import Device
+from vmm.devices.alarm import AlarmThread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable
 
     from vmm.bus import Bus
@@ -72,7 +72,7 @@ class Rtc(Device):
         self._ram = bytearray(128)
         self._ram[_A], self._ram[_B], self._ram[_D] = 0x26, _B_24H, _D_VALID
         self._tell_memory(memory, hole)
-        self._timer: _Timer | None = None
+        self._timer: AlarmThread | None = None
         self.reset()
 
     def place(self, bus: Bus) -> None:
@@ -276,7 +276,7 @@ class Rtc(Device):
         if not self._ram[_B] & _SOURCES or self._irq is None or self._manual:
             return
         if self._timer is None:
-            self._timer = _Timer(self)
+            self._timer = AlarmThread("vmm-rtc", self.fire)
         self._timer.kick()
 
     def fire(self) -> float | None:
@@ -317,33 +317,3 @@ def _days(year: int, month: int) -> int:
 
 #: The last second of 9999: `time.gmtime` goes further, four digits of a year do not.
 _MAX_TIME = (_days(10000, 1)) * 86400 - 1
-
-
-class _Timer:
-    """The thread that raises a clock's interrupts; exists once a guest has enabled one."""
-
-    def __init__(self, rtc: Rtc) -> None:
-        import threading
-
-        self._rtc = rtc
-        self._changed = threading.Event()
-        self._stopped = False
-        self._thread: threading.Thread = threading.Thread(
-            target=self._run, name="vmm-rtc", daemon=True
-        )
-        self._thread.start()
-
-    def kick(self) -> None:
-        self._changed.set()
-
-    def stop(self) -> None:
-        self._stopped = True
-        self._changed.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stopped:
-            self._changed.clear()
-            delay = self._rtc.fire()
-            # A host clock that is set back must not make an alarm late by as much.
-            self._changed.wait(None if delay is None else min(delay, 60.0))
