@@ -20,7 +20,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define FRESH { .umask = 022, .beat_ms = -1, .stdio = { "null", "port", "port" } }
+#define FRESH { .umask = 022, .stdio = { "null", "port", "port" } }
 
 static struct session session = FRESH;
 static const char *end_mode = "reboot";
@@ -106,13 +106,6 @@ static void do_input(char **arg, size_t count)
 {
 	(void)count;
 	session.input_base = number(arg[0], 10);
-}
-
-/* beat SECONDS: while the command runs, say "alive" that often */
-static void do_beat(char **arg, size_t count)
-{
-	(void)count;
-	session.beat_ms = number(arg[0], 10) * 1000;
 }
 
 /* ids UID GID GROUP... */
@@ -214,7 +207,7 @@ static const struct {
 	{ "hostname", 1, do_hostname }, { "loopback", 0, do_loopback }, { "ports", 1, do_ports },
 	{ "end", 1, do_end },	    { "argv", 1, do_argv },
 	{ "env", 0, do_env },	      { "cwd", 1, do_cwd },	    { "ids", 2, do_ids },
-	{ "user", 1, do_user },	      { "input", 1, do_input },	    { "beat", 1, do_beat },
+	{ "user", 1, do_user },	      { "input", 1, do_input },
 	{ "limits", 2, do_limits },   { "stdio", 3, do_stdio },	    { "tty", 3, do_tty },
 	{ "clock", 2, do_clock },     { "entropy", 1, do_entropy }, { "await", 0, do_await },
 	{ "kvm", 0, do_kvm },	      { "run", 0, do_run },

@@ -38,7 +38,6 @@ struct session {
 	/* How each of stdin, stdout, stderr begins: "port", "tty", "null" or (stderr) "stdout". */
 	const char *stdio[3];
 	uint64_t input_base; /* bytes of input that the host sent for earlier commands */
-	long beat_ms; /* how often to say "alive"; -1: never */
 	unsigned rows, cols;
 	bool tty_cooked; /* the far terminal does its own output processing */
 };

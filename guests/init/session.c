@@ -2,8 +2,8 @@
  * The session: one command, its streams carried over virtio-serial ports, its end reported.
  *
  * The control port speaks lines. To the host: "started", "exit STATUS OUT ERR TTY" (the bytes sent
- * on each port, so that the host knows when it has them all), "input-closed", "alive" (as often as
- * the plan wants it), "fail TEXT", "ready" (for "plan SIZE" and the plan itself). From the host: "eof COUNT" (stdin ends after COUNT bytes),
+ * on each port, so that the host knows when it has them all), "input-closed", "alive" (for
+ * "ping"), "fail TEXT", "ready" (for "plan SIZE" and the plan itself). From the host: "eof COUNT" (stdin ends after COUNT bytes),
  * "winch ROWS COLUMNS", "signal N", "close out|err" (nobody reads that stream any more). Where
  * commands follow one another, "fail" is about one of them, and "ready" comes after each.
  */
@@ -167,6 +167,27 @@ static void deliver_signal(int signo)
 		kill(child, signo);
 }
 
+/*
+ * Says that this machine lives, each time from the next CPU: one that is stuck in the kernel keeps
+ * us as soon as it is its turn.
+ */
+static void answer_ping(void)
+{
+	static int turn;
+	cpu_set_t all, one;
+
+	if (sched_getaffinity(0, sizeof(all), &all) < 0)
+		return;
+	do
+		turn = (turn + 1) % CPU_SETSIZE;
+	while (!CPU_ISSET(turn, &all));
+	CPU_ZERO(&one);
+	CPU_SET(turn, &one);
+	sched_setaffinity(0, sizeof(one), &one);
+	sched_setaffinity(0, sizeof(all), &all);
+	ctl_send("alive");
+}
+
 static void handle_line(const char *line)
 {
 	unsigned long long count;
@@ -181,6 +202,8 @@ static void handle_line(const char *line)
 			ioctl(pty_master, TIOCSWINSZ, &size);
 	} else if (sscanf(line, "signal %d", &signo) == 1) {
 		deliver_signal(signo);
+	} else if (strcmp(line, "ping") == 0) {
+		answer_ping();
 	} else if (sscanf(line, "close %7s", word) == 1) {
 		int i = strcmp(word, "err") == 0 ? STREAM_ERR : STREAM_OUT;
 
@@ -282,41 +305,16 @@ static void session_reset(void)
 	ctl_fill = 0;
 }
 
-/*
- * Says that this machine lives, each time from the next CPU: one that is stuck in the kernel keeps
- * us as soon as it is its turn.
- */
-static void beat(void)
-{
-	static int turn;
-	cpu_set_t all, one;
-
-	if (sched_getaffinity(0, sizeof(all), &all) < 0)
-		return;
-	do
-		turn = (turn + 1) % CPU_SETSIZE;
-	while (!CPU_ISSET(turn, &all));
-	CPU_ZERO(&one);
-	CPU_SET(turn, &one);
-	sched_setaffinity(0, sizeof(one), &one);
-	sched_setaffinity(0, sizeof(all), &all);
-	ctl_send("alive");
-}
-
 /* Until the child has ended and what it wrote is on its way. */
-static void session_carry(int signal_fd, long beat_ms)
+static void session_carry(int signal_fd)
 {
 	struct pollfd set[2 + STREAM_COUNT];
-	long quiet_since = 0, beat_at = now_ms();
+	long quiet_since = 0;
 
 	while (child_status < 0 || outputs_open()) {
 		bool moved = false;
 
-		poll(set, poll_set(set, signal_fd), child_status < 0 ? beat_ms : 100);
-		if (beat_ms > 0 && now_ms() - beat_at >= beat_ms) {
-			beat();
-			beat_at = now_ms();
-		}
+		poll(set, poll_set(set, signal_fd), child_status < 0 ? -1 : 100);
 		if (set[1].revents & POLLHUP)
 			die("the host closed the control port");
 		if (set[0].revents)
@@ -356,7 +354,7 @@ void session_run(struct session *s, bool again)
 		return;
 	}
 	ctl_send("started");
-	session_carry(signal_fd, s->beat_ms);
+	session_carry(signal_fd);
 	close(signal_fd);
 	sync();
 	ctl_send("exit %d %llu %llu %llu", child_status,

@@ -143,7 +143,7 @@ os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(99))
 while True:
     pass
 """
-IMPATIENT = "import sys; from vmm.nested import appliance; appliance._SILENCE_S = 15.0; appliance._BEAT_S = 1; from vmm.__main__ import main; sys.exit(main())"  # noqa: E501
+IMPATIENT = "import sys; from vmm.nested import appliance; appliance._SILENCE_S = 15.0; from vmm.__main__ import main; sys.exit(main())"  # noqa: E501
 
 
 def test_a_cpu_that_is_stuck_is_a_machine_that_hangs() -> None:

@@ -176,6 +176,12 @@ def test_giving_up_a_command(guest: Guest) -> None:
 # ---- a guest that hangs
 
 
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pump_module, "PING_S", 0.05)
+
+
+@pytest.mark.usefixtures("often")
 def test_a_silent_machine_hangs(guest: Guest) -> None:
     pump = pump_of(guest, silence=0.3)
     player = guest.plays(b"started\n")
@@ -183,41 +189,43 @@ def test_a_silent_machine_hangs(guest: Guest) -> None:
     with pytest.raises(MachineHung, match=r"The guest hangs, .* for 0\.3 s"):
         pump.run()
     player.join()
+    assert guest.far["ctl"].recv(65536).count(b"ping\n") == 6
 
 
-def test_a_machine_that_is_heard_of_does_not(guest: Guest) -> None:
-    pump = pump_of(guest, silence=1.0)
+@pytest.mark.usefixtures("often")
+def test_a_machine_that_answers_does_not(guest: Guest) -> None:
+    pump = pump_of(guest, silence=5.0)
     player = guest.plays(b"started\n")
 
-    def beats() -> None:
+    def answers() -> None:
         for _ in range(10):
-            time.sleep(0.2)
+            assert guest.far["ctl"].recv(5, socket.MSG_WAITALL) == b"ping\n"
             guest.far["ctl"].send(b"alive\n")
         guest.far["ctl"].send(b"exit 0 0 0 0\n")
 
-    beater = threading.Thread(target=beats)
-    beater.start()
+    player.join(0)
     assert pump.boot()
+    answerer = threading.Thread(target=lambda: (player.join(), answers()))
+    answerer.start()
     assert pump.run() == 0
-    beater.join()
-    player.join()
+    answerer.join()
 
 
-def test_the_time_in_which_nobody_listened_is_one_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_in_which_nobody_listened_is_one_ping(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(pump_module.time, "monotonic", lambda: now)
     pulse = Pulse(120.0)
+    assert pulse.ping()
+    assert not pulse.ping()
     now += 3600.0  # this process was stopped, or its host was
-    assert not pulse.lost()
-    for _ in range(10):
-        now += 10.0
-        assert not pulse.lost()
-    now += 9.9
-    assert not pulse.lost()
-    now += 0.1
-    assert pulse.lost()
+    for _ in range(59):
+        assert pulse.ping()
+        assert not pulse.lost
+        now += pump_module.PING_S
+    assert pulse.ping()
+    assert pulse.lost
     pulse.heard()
-    assert not pulse.lost()
+    assert not pulse.lost
 
 
 # ---- what QEMU says of one

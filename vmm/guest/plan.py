@@ -23,7 +23,6 @@ VERBS = {
     "hostname": 1,
     "loopback": 0,
     "ports": 1,
-    "beat": 1,
     "end": 1,
     "argv": 1,
     "env": 0,

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 _GRACE_S = 5.0  # between a forwarded SIGTERM and the end of everything
-_INTERVALS = 12  # of silence before a machine counts as hung
+PING_S = 2.0
 _DRAIN_S = 1.0  # for the last words of a machine that has ended
 _LOG_KEEP = 64 * 1024
 _OUT_OF_MEMORY = b"Out of memory: Killed process"  # as the kernel says it
@@ -76,8 +76,8 @@ class Job:
     """One command: the plan that starts it, and where its streams go.
 
     ``outputs`` maps port names to streams, ``stdin`` may be None. ``limit`` is on
-    time.monotonic's clock. A plan with ``beat`` may come with ``silence``, the seconds without a
-    word on the control port after which the machine hangs.
+    time.monotonic's clock. With ``silence`` the guest is asked for a sign of life every
+    ``PING_S``, and hangs when it has given none for so many seconds.
     """
 
     __slots__ = ("limit", "outputs", "plan", "silence", "stdin", "terminal")
@@ -100,26 +100,31 @@ class Job:
 
 
 class Pulse:
-    """Counts how long a machine has been silent, while somebody listened: waiting that was itself
-    held up (a stopped process, a frozen container) counts as one interval, however long."""
+    """Counts the pings without an answer. Waiting that was itself held up (a stopped process, a
+    frozen container) counts as one, however long."""
 
-    __slots__ = ("_every", "_missed", "due")
+    __slots__ = ("_missed", "_most", "due")
 
     def __init__(self, silence: float) -> None:
-        self._every = silence / _INTERVALS
-        self.heard()
+        self._most = max(1, round(silence / PING_S))
+        self._missed = 0
+        self.due = time.monotonic()
 
     def heard(self) -> None:
         self._missed = 0
-        self.due = time.monotonic() + self._every
 
-    def lost(self) -> bool:
-        """Called after each wait in which nothing was heard."""
+    def ping(self) -> bool:
+        """Whether it is time for another."""
         now = time.monotonic()
-        if now >= self.due:
-            self._missed += 1
-            self.due = now + self._every
-        return self._missed >= _INTERVALS
+        if now < self.due:
+            return False
+        self.due = now + PING_S
+        self._missed += 1
+        return True
+
+    @property
+    def lost(self) -> bool:
+        return self._missed > self._most
 
 
 class Pump:
@@ -222,9 +227,11 @@ class Pump:
         self._check_deadlines()
         self._read_log(ready)
         self._control(ready)
-        if self._pulse is not None and self._pulse.lost():
-            noun, silence = self._carrier.noun, self._silence
-            raise MachineHung(f"The {noun} hangs, nothing was heard from it for {silence:g} s")
+        if self._pulse is not None and self._pulse.ping():
+            if self._pulse.lost:
+                noun, silence = self._carrier.noun, self._silence
+                raise MachineHung(f"The {noun} hangs, nothing was heard from it for {silence:g} s")
+            self._tell("ping")
         if self._stdin is not None and self._carrier.ports:
             self._move_input(self._stdin, ready)
         for output in self._outputs.values():
