@@ -37,8 +37,8 @@ def nothing_open() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("net,tap,vhost=on,pcap=/tmp/x", "no dump and no limits"),
-        ("net,tap,vhost=on,rx-frames=5", "no dump and no limits"),
+        ("net,tap,vhost=on,pcap=/tmp/x", "no dump, no limits"),
+        ("net,tap,vhost=on,rx-frames=5", "no dump, no limits"),
         ("net,user,vhost=on", "vhost belongs to --net tap"),
         ("vsock,cid=3,vhost,path=/tmp/x", "makes no socket"),
     ],

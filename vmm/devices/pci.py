@@ -94,9 +94,7 @@ class PciDevice(Device):
         self._put(SUBSYSTEM, subsystem[1] << 16 | subsystem[0], 4)
         self._put(INTERRUPT_PIN, int(intx), 1)
         # COMMAND_IO is stored, without effect: some drivers ask that it sticks.
-        self._allow(
-            COMMAND, COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER | COMMAND_INTX_DISABLE, 2
-        )
+        self._allow(COMMAND, COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER | COMMAND_INTX_DISABLE, 2)
         self._allow(_CACHE_LINE, 0xFFFF, 2)  # and the latency timer: stored, without effect
         self._allow(INTERRUPT_LINE, 0xFF, 1)
         self.watch(COMMAND, COMMAND_MEMORY | COMMAND_INTX_DISABLE, 2)

@@ -68,9 +68,7 @@ class Watchdog(PciDevice):
         ),
     )
 
-    def __init__(
-        self, action: str = "reset", *, clock: Callable[[], float] | None = None
-    ) -> None:
+    def __init__(self, action: str = "reset", *, clock: Callable[[], float] | None = None) -> None:
         """``clock``: seconds, instead of the host's; ``advance`` is the caller's then."""
         super().__init__("watchdog0", 0x8086, 0x25AB, 0x08_8000, intx=True)
         self.action = action

@@ -258,7 +258,7 @@ class Blk(VirtioDevice):
         if self._native != ffi.NULL:
             lib.vmm_blk_limit(self._native, *self._limits)
 
-    # ---- werror=pause, rerror=pause ----------------------------------------------------------------
+    # ---- werror=pause, rerror=pause --------------------------------------------------------------
 
     def retry(self) -> None:
         """Try again what is held because the host failed. Any thread but an I/O thread."""

@@ -155,7 +155,8 @@ class VirtioDevice(Device):
 
     def restart_queue(self, index: int, queue: QueueConfig) -> None:
         """Begin to serve one queue: at activation, or after ``stop_queue``."""
-        assert self._memory is not None and self._irqs is not None
+        assert self._memory is not None
+        assert self._irqs is not None
         config = ffi.new("struct vmm_service_config *")
         vq = config.vq
         vq.desc, vq.avail, vq.used = queue.desc, queue.driver, queue.device
@@ -195,9 +196,8 @@ class VirtioDevice(Device):
                 from vmm.devices.virtio.queue import VERDICTS
 
                 what = list(VERDICTS.values())[report.verdict]
-                said.append(
-                    f"{self.name}: the driver broke queue {index} {report.breaks} times, last: {what}"
-                )
+                times = f"{report.breaks} times"
+                said.append(f"{self.name}: the driver broke queue {index} {times}, last: {what}")
         return said
 
     def unclaimed(self) -> str | None:

@@ -64,7 +64,8 @@ class Image:
             self.fd = _reopen(self.buffered_fd, readonly, os.O_DIRECT)
         except OSError as e:
             raise HostError(
-                f"disk {path} cannot bypass the page cache: {e.strerror}; choose cache=writeback or writethrough",
+                f"disk {path} cannot bypass the page cache: {e.strerror}; choose cache=writeback "
+                "or writethrough",
                 errno=e.errno,
             ) from e
         self.align = SECTOR
@@ -138,8 +139,8 @@ def _lock(fd: int, other: int, path: str, readonly: bool) -> None:
     except OSError as e:
         if e.errno in (errno.EAGAIN, errno.EACCES):
             raise HostError(
-                f"disk {path} is already in use{_holder({fd, other})}; two guests must not share it "
-                "unless both have it ',ro'",
+                f"disk {path} is already in use{_holder({fd, other})}; two guests must not share "
+                "it unless both have it ',ro'",
                 errno=e.errno,
             ) from e
         if e.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):

@@ -130,7 +130,7 @@ class Net(VirtioDevice):
         """The class for ``vhost=``; ``looks``: at the frames."""
         if options.vhost == "on" and looks:
             raise ConfigError(
-                f"--net {options}: with vhost=on the kernel moves the frames; no dump and no limits."
+                f"--net {options}: with vhost=on the kernel moves the frames; no dump, no limits."
             )
         wanted = options.vhost == "on" or (
             options.vhost == "auto" and not looks and os.access("/dev/vhost-net", os.R_OK | os.W_OK)

@@ -1,5 +1,5 @@
-"""What a network card is plugged into: a tap, a socket, nothing. The sockets of user-mode networking
-are in net_user.py."""
+"""What a network card is plugged into: a tap, a socket, nothing. The sockets of user-mode
+networking are in net_user.py."""
 
 from __future__ import annotations
 
@@ -257,11 +257,11 @@ def _ioctl(fd: int, request: int, argument: bytes, name: str, what: str) -> None
     except OSError as e:
         label = name or "a new tap"
         hint = {
-            errno.EPERM: f"; once as root, 'ip tuntap add {name or 'tap0'} mode tap user $USER' and "
-            f"'ip link set {name or 'tap0'} up' let you use it as ifname={name or 'tap0'}, and "
+            errno.EPERM: f"; once as root, 'ip tuntap add {name or 'tap0'} mode tap user $USER' "
+            f"and 'ip link set {name or 'tap0'} up' let you use it as ifname={name or 'tap0'}, and "
             "--net user needs no such thing",
             errno.EBUSY: "; another process uses it",
-            errno.EINVAL: "; it is no tap, or was made with another 'multi_queue' than queues= asks",
+            errno.EINVAL: "; it is no tap, or its 'multi_queue' is not what queues= asks for",
         }.get(e.errno or 0, "")
         raise HostError(
             f"--net tap: cannot {what} {label}: {e.strerror}{hint}.", errno=e.errno

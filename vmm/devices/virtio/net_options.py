@@ -56,9 +56,7 @@ def _port(text: str) -> int:
     except ValueError:
         port = 0
     if not 0 < port < 65536:
-        raise ValueError(
-            f"'{text}' is not a port; write [ADDR:]HOST:GUEST[/udp], as in 2222:22"
-        )
+        raise ValueError(f"'{text}' is not a port; write [ADDR:]HOST:GUEST[/udp], as in 2222:22")
     return port
 
 

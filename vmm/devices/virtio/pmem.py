@@ -46,7 +46,9 @@ class Pmem(VirtioDevice):
     )
     OPTIONS = (
         Field("path", "the file", metavar="FILE", first=True, path=True, required=True),
-        Field("ro", "the guest may not write: what it writes is lost, and told", None, default=False),
+        Field(
+            "ro", "the guest may not write: what it writes is lost, and told", None, default=False
+        ),
     )
     DEVICE_ID = 27
     QUEUE_SIZES = (QUEUE_SIZE,)
@@ -103,9 +105,7 @@ class Pmem(VirtioDevice):
         self._threads = [IoThread(self.name)]
         own = self._threads[0].native
         self.placement.pin(own)
-        self._native = lib.vmm_pmem_create(
-            own, self._image.buffered_fd, self.QUEUE_SIZES[0]
-        )
+        self._native = lib.vmm_pmem_create(own, self._image.buffered_fd, self.QUEUE_SIZES[0])
         if self._native == ffi.NULL:
             raise MemoryError(self.name)
 
@@ -136,8 +136,8 @@ class Pmem(VirtioDevice):
         said = super().faults()
         if self._shadow is not None and self._shadow.writes:
             said.append(
-                f"{self.name}: the guest wrote {self._shadow.writes} times to {self.path}, which is "
-                "read-only; that is lost"
+                f"{self.name}: the guest wrote {self._shadow.writes} times to {self.path}, which "
+                "is read-only; that is lost"
             )
         return said
 

@@ -59,8 +59,8 @@ class Port(Device):
     ``target``: ``unix:PATH`` (a socket that is made; its clients take turns), ``pty`` (``path``
     names it), the path of a file, which is replaced and takes what the guest writes, or None: only
     ``connect`` reaches it. ``limit``: how many bytes a file takes (0: any number); then the guest
-    finds nobody there, as when the host's disk is full. ``console``: the guest makes it a terminal, hvcN in Linux. Host files
-    are opened by ``plug``, which raises ConfigError, HostError.
+    finds nobody there, as when the host's disk is full. ``console``: the guest makes it a terminal,
+    hvcN in Linux. Host files are opened by ``plug``, which raises ConfigError, HostError.
     """
 
     HELP = (
@@ -71,7 +71,9 @@ class Port(Device):
         Field("name", "what the guest calls it", _parse_name, first=True, required=True),
         Field("target", "unix:PATH, pty or a file", _parse_target, required=True),
         Field(
-            "limit", "how much the guest may write to a file, default any", parse_size,
+            "limit",
+            "how much the guest may write to a file, default any",
+            parse_size,
             metavar="SIZE",
         ),
         Field("console", "make it a terminal in the guest (hvcN)", None, default=False),

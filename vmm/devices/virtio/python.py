@@ -145,7 +145,8 @@ class PythonVirtioDevice(VirtioDevice):
         self._run.start()
 
     def restart_queue(self, index: int, queue: QueueConfig) -> None:
-        assert self._memory is not None and self._run is not None
+        assert self._memory is not None
+        assert self._run is not None
         q = queue
         made = Queue(self._memory, q.size, q.desc, q.driver, q.device, self.features)
         self._run.add(index, made)

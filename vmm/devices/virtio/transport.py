@@ -26,9 +26,9 @@ The contract, device side (vmm/devices/virtio/device.py has the base class):
   the vCPU that notifies.
 - ``reset()`` and ``close()`` as every Device.
 
-``activate``, ``deactivate``, the two about one queue and ``write_config`` run on a vCPU thread, one at a time per machine.
-I/O threads interrupt through ``irqs.native``: vmm_virtio_notify(native, queue) and
-vmm_virtio_fail(native) may be called on any thread.
+``activate``, ``deactivate``, the two about one queue and ``write_config`` run on a vCPU thread, one
+at a time per machine. I/O threads interrupt through ``irqs.native``:
+vmm_virtio_notify(native, queue) and vmm_virtio_fail(native) may be called on any thread.
 """
 
 from __future__ import annotations

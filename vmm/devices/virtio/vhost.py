@@ -111,7 +111,8 @@ class VhostDevice(VirtioDevice):
         if not self.walked(index):
             super().enable_queue(index, queue)
             return
-        assert self._irqs is not None and self._relay is not None
+        assert self._irqs is not None
+        assert self._relay is not None
         self.queues[index] = queue
         if self._relay.start(index, self._irqs.native):
             self._irqs.fail()

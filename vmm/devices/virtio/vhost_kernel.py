@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Vhost:
     """An open vhost device of this process. ``close`` gives it back, and ends what it does."""
 
-    __slots__ = ("features", "fd", "path")
+    __slots__ = ("fd", "features", "path")
 
     def __init__(self, path: str, flag: str) -> None:
         """``flag``: what asked for it, for messages. Raises HostError."""

@@ -216,7 +216,8 @@ class VhostUserDevice(VhostDevice):
 
     def _go(self, bases: dict[int, int]) -> None:
         """Have the back end walk the queues from there."""
-        assert self._front is not None and self._memory is not None
+        assert self._front is not None
+        assert self._memory is not None
         if self._inflight is None:
             self._inflight = self._front.inflight(len(self.QUEUE_SIZES), max(self.QUEUE_SIZES))
         rings = {index: self._ring(index, base) for index, base in bases.items()}
@@ -389,7 +390,8 @@ class VhostUserDevice(VhostDevice):
 
     def _left_off(self, queue: QueueConfig) -> int | None:
         """Where a back end died in the available ring, by what RAM tells; None if it does not."""
-        assert self._memory is not None and self._front is not None
+        assert self._memory is not None
+        assert self._front is not None
         if not self._handed:
             return self.first_base()
         if self.features >> F_RING_PACKED & 1:

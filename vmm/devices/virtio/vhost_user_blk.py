@@ -1,5 +1,5 @@
-"""A disk of another process: vhost-user-blk. virtio-v1.3 §5.2; the disk's file, its size and what it
-can do are the back end's."""
+"""A disk of another process: vhost-user-blk. virtio-v1.3 §5.2; the disk's file, its size and what
+it can do are the back end's."""
 
 from __future__ import annotations
 

@@ -89,7 +89,9 @@ class VhostUserNet(VhostUserDevice):
         name: str = "vhost-user-net0",
     ) -> None:
         if not 0 < queues <= _PAIRS_MAX:
-            raise ConfigError(f"A network card has 1 to {_PAIRS_MAX} pairs of queues, not {queues}.")
+            raise ConfigError(
+                f"A network card has 1 to {_PAIRS_MAX} pairs of queues, not {queues}."
+            )
         self.mac = mac or default_mac(path, 0)
         self.mtu = mtu
         self.pairs = queues

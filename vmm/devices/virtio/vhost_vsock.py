@@ -1,5 +1,6 @@
 """virtio-vsock carried by the host's kernel (/dev/vhost-vsock): the guest's sockets and the host's
-are of the family AF_VSOCK, and the guest's address is the host's to keep unique. virtio-v1.3 §5.10."""
+are of the family AF_VSOCK, and the guest's address is the host's to keep unique. virtio-v1.3
+§5.10."""
 
 from __future__ import annotations
 

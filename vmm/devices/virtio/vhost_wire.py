@@ -62,7 +62,7 @@ NAMES = {
 
 
 class VhostError(HostError):
-    """The back end is gone, late, or said what it must not. The connection is of no use any more."""
+    """The back end is gone, late, or said what it must not. The connection is of no more use."""
 
 
 class Refused(VhostError):

@@ -59,8 +59,10 @@ class Vsock(VirtioDevice):
         Field("cid", "the guest's address, 3 or more", _parse_cid, required=True),
         Field("path", "the socket to make on the host", parse_path, path=True),
         Field(
-            "vhost", "the host's kernel carries it (/dev/vhost-vsock): the host's ends are AF_VSOCK "
-            "sockets", None, default=False,
+            "vhost",
+            "the host's kernel carries it (/dev/vhost-vsock): the host's ends are AF_VSOCK sockets",
+            None,
+            default=False,
         ),
     )
 
