@@ -317,7 +317,7 @@ def test_names_mtu_and_use_by_another(there: Namespace) -> None:
     assert (named.name, named.mtu, named.ident) == ("mine0", 1400, "tap:mine0")
     with pytest.raises(HostError, match="another process uses it"):
         there.run(lambda: Tap("mine0"))
-    with pytest.raises(HostError, match="another 'multi_queue'"):
+    with pytest.raises(HostError, match="'multi_queue' is not what"):
         there.run(lambda: Tap("mine0", queues=2))
     with pytest.raises(HostError, match="cannot attach to lo"):
         there.run(lambda: Tap("lo"))
