@@ -38,6 +38,7 @@ NAMES = sorted(MUTATIONS)
 SIZES = (2, 4, 8, 16, 16, 16)
 ODD_SIZES = (3, 5, 7, 13)
 PATIENCE_S = 5.0
+RACE = 13  # of the 16 endings of a session
 ZEROS = bytes(END)
 #: Guest memory as it was before the device was told, by address. One session at a time.
 KEPT = {0: bytearray(END), HIGH: bytearray(HIGH_USED)}
@@ -134,8 +135,10 @@ class Session:
         regs.status = 0
         if regs.status:
             raise Finding("the device does not reset")
-        # Most sessions take turns with the device; what comes of doing without is the others'.
-        self.executor.on_thread(not r.getrandbits(3))
+        self.ending = r.randrange(16)
+        # Most sessions take turns with the device; what comes of doing without is the others', and
+        # those that race with it.
+        self.executor.on_thread(self.ending == RACE or not r.getrandbits(3))
         regs.status = ACKNOWLEDGE | DRIVER
         self.features = self.negotiate(form)
         sizes = SIZES + ODD_SIZES if form == "packed" else SIZES
@@ -229,12 +232,12 @@ class Session:
         for nr in range(1 + r.randrange(4)):
             if not self.good_case():
                 return nr + 1
-        ending = r.randrange(16)
+        ending = self.ending
         if ending < 12:
             self.bad_case()
         elif ending == 12:
             self.good_case(wait=False)  # a reset finds it in flight
-        elif ending == 13:
+        elif ending == RACE:
             self.racing_case()
         elif ending == 14:
             self.frozen()
