@@ -20,7 +20,7 @@ DEBS := gcc make libc6-dev python3-venv python3-dev qemu-system-x86 e2fsprogs mm
 NATIVE_SRC := $(wildcard native/*.c native/*.h native/*.cdef) native/build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run shell test test-unit test-nested test-here lint type format asan bench \
+.PHONY: help setup run shell test test-unit test-nested test-emulated test-boot lint type format asan bench \
         guests wheel clean packages
 
 help: ## list the targets
@@ -78,15 +78,25 @@ shell: setup ## the same kernel with an interactive shell
 
 # ---- check ----------------------------------------------------------------------------------
 
-test: test-unit test-nested ## everything: unit, payload guests on /dev/kvm, Linux boots
+# The emulated host's own tests mostly wait for it, so they run beside the unit tests.
+test: setup ## everything: unit, payload guests on /dev/kvm, the emulated host, Linux boots
+	@$(MAKE) --no-print-directory test-emulated >$(BUILD)/emulated.log 2>&1 & beside=$$!; \
+	$(MAKE) --no-print-directory test-unit; unit=$$?; \
+	wait $$beside; emulated=$$?; cat $(BUILD)/emulated.log; \
+	exit $$((unit + emulated))
+	@$(MAKE) --no-print-directory test-boot
 
 test-unit: setup ## unit, property and payload tests (the payloads need /dev/kvm)
 	@VMM_REQUIRE="$${CI:+payload}" $(PY) -m pytest -q tests --ignore=tests/boot \
 	  --ignore=tests/nested $(ARGS)
 
-test-nested: setup ## the emulated host, and Linux boots inside it
+test-nested: test-emulated test-boot ## the emulated host, and Linux boots inside it
+
+test-emulated: setup ## vmm nested itself
 	@$(PY) -m guests.fetch cloud-amd64 amd64 busybox rootfs fio
 	@VMM_REQUIRE="$${CI:+nested}" $(PY) -m pytest -q tests/nested $(ARGS)
+
+test-boot: setup ## Linux boots, inside emulated hosts where need be
 	@$(PY) -m tests.run_boots $(ARGS)
 
 lint: $(BUILD)/venv.stamp ## ruff, and the C with every warning an error

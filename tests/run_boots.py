@@ -28,6 +28,8 @@ HOST_FAILED = (125, 124)
 ATTEMPTS = 4
 #: Tests for each, so that none gets old; starting pytest in one takes as long as some boots.
 TESTS_A_HOST = 16
+#: What takes long comes first, so that no host is alone with it in the end.
+FIRST = ("test_login", "test_vhost_user", "test_disks", "test_matrix")
 #: What none should need, even on a busy machine.
 HOST_LIMIT = "25m"
 
@@ -68,7 +70,8 @@ def collect(chosen: list[str], flags: list[str]) -> list[str]:
     done = subprocess.run(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(f"run_boots: the tests cannot be collected\n{done.stdout}")
-    return [line for line in done.stdout.splitlines() if "::" in line]
+    tests = [line for line in done.stdout.splitlines() if "::" in line]
+    return sorted(tests, key=lambda test: not any(f"/{name}.py" in test for name in FIRST))
 
 
 def hosts_at_once() -> tuple[str, int]:

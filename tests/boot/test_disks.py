@@ -162,11 +162,11 @@ def test_fio_verifies_what_it_wrote(
     boot: Boot, initramfs: Callable[[str], Path], place: Path, transport: str
 ) -> None:
     """Blocks of all sizes at random places with checksums of their own, beside each other."""
-    disks = a_disk_for_each(place, 16 * MIB)
+    disks = a_disk_for_each(place, 8 * MIB)
     script = """\
 for d in $(ls /sys/block | grep vd); do
-    fio --name=$d --filename=/dev/$d --rw=randwrite --bsrange=4k-64k --size=8M --numjobs=2 \
-        --offset_increment=8M --ioengine=libaio --iodepth=16 --direct=1 --thread \
+    fio --name=$d --filename=/dev/$d --rw=randwrite --bsrange=4k-64k --size=4M --numjobs=2 \
+        --offset_increment=4M --ioengine=libaio --iodepth=16 --direct=1 --thread \
         --verify=crc32c --verify_fatal=1 --fsync=32 --output=/tmp/$d.log && echo "$d=verified" ||
         cat /tmp/$d.log
 done

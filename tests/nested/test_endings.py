@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pty
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from tests.nested.conftest import (
     nested,
     qemu_children,
 )
+from tests.support.typist import Typist
 from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.timeout(DEADLINE + 20)
@@ -171,59 +171,13 @@ def test_a_command_that_says_nothing_is_none(start: Start) -> None:
     assert time.monotonic() - started > 12
 
 
-class Typist:
-    """``vmm nested`` on a terminal of its own."""
-
-    def __init__(self, *args: str) -> None:
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            argv = command(*args)
-            os.execve(argv[0], argv, environment())
-        termios.tcsetwinsize(self.fd, (33, 77))
-        self.mode = termios.tcgetattr(self.fd)
-        self.seen = b""
-
-    def expect(self, text: bytes) -> None:
-        limit = time.monotonic() + DEADLINE
-        while text not in self.seen:
-            assert time.monotonic() < limit, self.seen
-            if select.select([self.fd], [], [], 1)[0]:
-                try:
-                    self.seen += os.read(self.fd, 4096)
-                except OSError:
-                    raise AssertionError(self.seen) from None
-        self.seen = self.seen[self.seen.index(text) + len(text) :]
-
-    def type(self, text: bytes) -> None:
-        os.write(self.fd, text)
-
-    def end(self) -> int:
-        """The exit status; the terminal must be as it was."""
-        limit = time.monotonic() + DEADLINE
-        while True:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                break
-            assert time.monotonic() < limit, self.seen
-            if select.select([self.fd], [], [], 0.1)[0]:
-                try:
-                    self.seen += os.read(self.fd, 4096)
-                except OSError:
-                    time.sleep(0.05)
-        self.pid = 0
-        assert termios.tcgetattr(self.fd) == self.mode
-        return os.waitstatus_to_exitcode(status)
-
-    def close(self) -> None:
-        if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-        os.close(self.fd)
+def typist_of(*args: str) -> Typist:
+    return Typist(command(*args), environment(), DEADLINE)
 
 
 def test_on_a_terminal(tmp_path: Path) -> None:
     script = "stty size; tty; test -t 0 && test -t 1 && test -t 2 && echo all; exec sh -i"
-    typist = Typist("--env", "PS1=prompt> ", "--", "sh", "-c", script)
+    typist = typist_of("--env", "PS1=prompt> ", "--", "sh", "-c", script)
     try:
         typist.expect(b"33 77\r\n/dev/pts/0\r\nall\r\n")
         typist.expect(b"prompt> ")
@@ -244,7 +198,7 @@ def test_on_a_terminal(tmp_path: Path) -> None:
 
 
 def test_interrupt_typed_during_the_boot() -> None:
-    typist = Typist("--", "sleep", "1000")
+    typist = typist_of("--", "sleep", "1000")
     try:
         wait_for(lambda: qemu_children(typist.pid), DEADLINE)
         time.sleep(0.3)
@@ -255,7 +209,7 @@ def test_interrupt_typed_during_the_boot() -> None:
 
 
 def test_the_way_out_of_a_command_that_hangs() -> None:
-    typist = Typist("--", "sh", "-c", f"stty raw -echo; {DEAF}")
+    typist = typist_of("--", "sh", "-c", f"stty raw -echo; {DEAF}")
     try:
         typist.expect(b"up")
         typist.type(b"\x03\x1d\x1d\x1d")
@@ -267,7 +221,7 @@ def test_the_way_out_of_a_command_that_hangs() -> None:
 def test_stdout_elsewhere_while_the_terminal_is_stdin(tmp_path: Path) -> None:
     target = tmp_path / "out"
     line = " ".join(command("--", "sh", "-c", "'echo plain; echo seen >&2; read x; echo $x'"))
-    typist = Typist("--", "true")
+    typist = typist_of("--", "true")
     typist.close()
     pid, fd = pty.fork()
     if pid == 0:

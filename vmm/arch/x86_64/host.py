@@ -4,8 +4,8 @@ from __future__ import annotations
 
 CPUINFO = "/proc/cpuinfo"
 
-NO_EXTENSION = "no vmx or svm"
-ENABLE = "enable VT-x or AMD-V in the firmware"
+NO_EXTENSION: str = "no vmx or svm"
+ENABLE: str = "enable VT-x or AMD-V in the firmware"
 MODULES: tuple[str, ...] = ("kvm_intel", "kvm_amd")
 OPTIONAL_CAPS = {
     "KVM_CAP_TSC_DEADLINE_TIMER": "the guest's precise timer",

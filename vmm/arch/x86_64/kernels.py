@@ -10,10 +10,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm.arch.source import Source
 
-DEBIAN = "amd64"
-BUILD_IMAGE = "arch/x86/boot/bzImage"
+DEBIAN: str = "amd64"
+BUILD_IMAGE: str = "arch/x86/boot/bzImage"
 IMAGE_PREFIXES: tuple[str, ...] = ("vmlinuz-", "vmlinux-", "bzImage-")
-TEXT_ADDRESS = r"ffffffff[89a-f][0-9a-f]{7}"
+TEXT_ADDRESS: str = r"ffffffff[89a-f][0-9a-f]{7}"
 OPTIONS = {
     "64BIT": ("the kernel is not for x86-64", True),
     "SERIAL_8250_CONSOLE": ("nothing is seen on the serial console (--serial)", True),

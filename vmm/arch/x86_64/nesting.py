@@ -9,16 +9,16 @@ from vmm.arch.x86_64.elf import Elf
 from vmm.arch.x86_64.pvh import has_entry
 from vmm.errors import BootError
 
-QEMU = "qemu-system-x86_64"
-QEMU_PACKAGE = "qemu-system-x86"
-CPU = "max,-erms,-xsave"
-MACHINE = "pc"
-KERNEL_ARGS = (
+QEMU: str = "qemu-system-x86_64"
+QEMU_PACKAGE: str = "qemu-system-x86"
+CPU: str = "max,-erms,-xsave"
+MACHINE: str = "pc"
+KERNEL_ARGS: str = (
     "console=ttyS0 reboot=t panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check "
     "audit=0 random.trust_cpu=on cryptomgr.notests rodata=off"
 )
 KVM_MODULES: tuple[str, ...] = ("kvm-amd",)
-NO_KVM = "kvm-amd found no SVM"
+NO_KVM: str = "kvm-amd found no SVM"
 
 
 def kernel_image(path: str) -> int | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-OWN = "x86"
-DEFAULT = "pc"
+OWN: str = "x86"
+DEFAULT: str = "pc"
 MACHINES = {
     OWN: "vmm's own machine, with PCI: 0xcf8 and ECAM at 0xe0000000",
     "pc": "PCI without ECAM; base addresses from 0xc0000000 to 0xfeb00000",
@@ -17,9 +17,9 @@ MACHINE_PREFIXES: tuple[tuple[str, str], ...] = (
 )  # fmt: skip
 MMIO_MACHINES: tuple[str, ...] = ("microvm", "virt")
 #: From the end of RAM to the first fixed device.
-WINDOW = (0xC000_0000, 0x3EB0_0000)
+WINDOW: tuple[int, int] = (0xC000_0000, 0x3EB0_0000)
 #: Where q35's firmware puts configuration space; RAM has to end below.
 ECAM = {"q35": 0xB000_0000}
 FIRST_SLOT = {"pc": 2}
 CONTROLLERS: tuple[str, ...] = ("ioapic", "ioapic[0]", "gsi", "i8259")
-PINS = 24
+PINS: int = 24
